@@ -1,0 +1,1078 @@
+"""DR-PO, Dataset Reset Policy Optimization for RLHF (Chang et al. 2024, arXiv 2404.08495), in one file.
+
+DR-PO is PPO with one change. PPO starts every rollout at the prompt. DR-PO starts a share beta of them further on: at the
+prompt plus a random prefix of a response that a person wrote, a state that the offline data is known to cover. The policy
+finishes the response, and only what it wrote itself is learned from. `ppo` here is `drpo` with beta = 0, and nothing else.
+
+    python drpo.py                       all stages on a toy corpus, on a laptop CPU, in minutes
+    python drpo.py all --preset tldr     the paper's TL;DR run: Pythia-2.8B, LoRA, one GPU
+    python drpo.py STAGE [--preset P] [--run_dir DIR] [settings]      STAGE = sft | rm | drpo | ppo | dpo | eval | all
+
+Algorithm 1 of the paper, and where each line is:
+
+    input   preference pairs D_R, unlabelled responses D_TR, policy pi_SFT                 load_rows, train_sft
+    1       fit the reward r on D_R by maximum likelihood, Eq. (1)                         train_rm, bradley_terry_loss
+    2       pi_1 = pi_SFT;  for t = 1..T:                                                  train_drpo, twin
+    3         draw a response from D_TR and a step h of it                                 sample_reset_lengths
+    4         reset to s_h (prompt + prefix), roll out pi_t to the end                     rollout
+    5         store the rolled-out steps h' >= h only: state, action, r, ln(pi_t/pi_SFT)   token_masks, penalised_rewards
+    6         pi_{t+1} = PO(pi_t, D_on); here PO is PPO                                    gae, ppo_policy_loss, ppo_value_loss
+
+How one row stands in memory (Q = 6 columns of query, T = 6 of response, a reset of 2 tokens, EOS sampled at t = 4):
+
+    column          0   1   2   3   4   5     6   7   8   9   10  11
+    token           .   .   q   q   q   q  |  r   r   a   a   EOS .        . = padding, never attended to or learned from
+                    padding, then query    |  reset   sampled     padding
+    t (response)                              0   1   2   3   4   5
+    logits, value   those for step t are read one column to the left: at t = 0, at the last query token
+    mask                                      0   0   1   1   1   0        what the policy itself did: `token_masks`
+    reset_len = 2, response_len = 5
+    rewards                                   0   0  -kl -kl -kl+score     `penalised_rewards`
+    advantages                                0   0   A   A   A   0        `gae`, whitened over the mask
+
+Differences from the paper (P) and from the official code (C, github.com/Cornell-RL/drpo), each with its reason:
+
+    1  One mask, the sampled tokens up to EOS, in every term: policy and value loss, KL, whitening, statistics. Alg. 1 stores
+       just those. C masks the prefix in the policy loss only, and nothing after EOS (`--masking official` does that).
+    2  Prefix lengths are uniform on 1..n (n = tokens before EOS), as in C; `--reset_include_prompt` adds 0, as in P, Alg. 3.
+    3  The prefix is fed with the prompt, so a reset saves decoding steps; C forces it token by token. Same distribution.
+    4  A response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the very last place.
+    5  References score 0 on average, read at their EOS; C reads that bias at the wrong place in left-padded prompts.
+    6  Losses are means over all tokens of the minibatch whatever the micro-batch; C averages the means of micro-batches, and
+       divides PPO's by all 53 positions but DR-PO's by the free ones, so the two weigh the value loss differently.
+    7  Every random draw comes from a seed, the resets too, and depends on nothing but seed and update number; C's resets are
+       unseeded. The trained head of the critic is trained; under peft C's stays frozen.
+    8  Schedules are linear to zero, as P says; C uses cosine in SFT, RM and DPO. Log-probabilities are at the sampling
+       temperature, as in C. Query and response are tokenised apart, so that a reset falls on a token boundary.
+"""
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from rouge_score.rouge_scorer import RougeScorer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser,
+                          PreTrainedTokenizerFast)
+from transformers.utils import logging as transformers_logging
+
+
+def stop(message, status=2):
+    """One line on stderr, and the end. Status 2: the person at the keyboard can mend it; 3: this run must not go on."""
+    print(f"drpo.py: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Settings. The defaults are the paper's TL;DR run (Table 5); a preset fills in what the command line does not give.
+
+def setting(part, default, help):
+    """A field of Settings. `part` says which stages it bears on (USES): a finished stage is kept while those are the same."""
+    value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**value, metadata={"help": f"[{part}] {help}"})
+
+
+@dataclass
+class Settings:
+    preset: Literal["tiny", "tldr", "hh"] = setting("run", "tiny", "which set of defaults")
+    run_dir: str = setting("run", "", "where everything is written; empty: runs/PRESET, with --seeds runs/PRESET_seeds")
+    seeds: list[int] = setting("run", [], "repeat with each of these seeds in RUN_DIR/seed_K, then tabulate mean and range")
+    micro_batch: int = setting("run", 8, "rows per forward pass; changes memory and speed, never the result")
+    save_every: int = setting("run", 100, "updates between checkpoints; the last update is always kept")
+    device: str = setting("run", "auto", "cpu, cuda, cuda:1 ...; auto takes cuda where there is one")
+
+    seed: int = setting("data", 0, "of everything random: data, weights, order, resets, sampling")
+    model: str = setting("data", "EleutherAI/pythia-2.8b-deduped", "Hub name, folder, .gguf file or module:function")
+    tokenizer: str = setting("data", "", "the same, where it is not the model's own")
+    dataset: str = setting("data", "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144",
+                           "prompts and references: Hub name[:config], file, folder or module:function")
+    preference_dataset: str = setting("data", "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144",
+                                      "preference pairs, from the same kinds of places")
+    dtype: Literal["bfloat16", "float32"] = setting("data", "bfloat16", "of the matrix products and of frozen networks; "
+                                                    "losses, trained weights and optimizer stay float32")
+    query_length: int = setting("data", 512, "tokens of a prompt; a longer post is cut at its last newlines")
+    response_length: int = setting("data", 53, "tokens of a response with its EOS, in SFT and rollouts")
+    preference_length: int = setting("data", 169, "tokens of a response with its EOS in a preference pair")
+    max_grad_norm: float = setting("data", 0.0, "gradient norm is clipped to this in every stage; 0: never, as in C")
+    supervised_lora_r: int = setting("data", 0, "LoRA rank in SFT and reward model; 0 trains all weights, as the paper does")
+
+    sft_steps: int = setting("sft", 0, "updates of SFT; 0: one epoch")
+    sft_lr: float = setting("sft", 3e-6, "learning rate of SFT, linear to 0")
+    sft_batch_size: int = setting("sft", 64, "rows per update of SFT")
+
+    rm_steps: int = setting("rm", 0, "updates of the reward model; 0: one epoch")
+    rm_lr: float = setting("rm", 3e-6, "learning rate of the reward model, linear to 0")
+    rm_batch_size: int = setting("rm", 64, "pairs per update of the reward model")
+
+    updates: int = setting("policy", 0, "updates of drpo, ppo and dpo; 0: one epoch")
+    lora_r: int = setting("policy", 1024, "LoRA rank of policy and critic, alpha = 2r; 0 trains all weights")
+
+    batch_size: int = setting("rl", 512, "rollouts per update of drpo and ppo")
+    lr: float = setting("rl", 3e-6, "learning rate of policy and critic, linear to 0; too high and both collapse at once")
+    beta: float = setting("rl", 1.0, "probability that a rollout starts from a reset; 0 is PPO, the paper runs 1")
+    reset_to: Literal["reference", "chosen"] = setting("rl", "reference", "reset along the prompt's own SFT reference, or "
+                                                       "along the preferred response of a preference pair")
+    reset_include_prompt: bool = setting("rl", False, "prefix lengths from 0, not 1 (Alg. 3): the first token learns at beta = 1")
+    masking: Literal["sampled", "official"] = setting("rl", "sampled", "what losses and statistics see; see Differences, 1")
+    temperature: float = setting("rl", 0.7, "of rollouts and of every log-probability; below 1 it sharpens the policy")
+    epochs: int = setting("rl", 4, "passes over each batch of rollouts; more is sample-efficient until approx_kl grows")
+    kl_coef: float = setting("rl", 0.05, "price per nat of KL to the SFT policy; 0.01 - 0.2, low invites reward hacking")
+    gamma: float = setting("rl", 1.0, "discount; 1 as a response is short")
+    lam: float = setting("rl", 0.95, "GAE's lambda: 1 is Monte Carlo (variance), 0 trusts the critic (bias)")
+    cliprange: float = setting("rl", 0.2, "PPO's epsilon; clipfrac beyond 0.3 says the steps are too large")
+    cliprange_value: float = setting("rl", 0.2, "how far a value may move in one update before its loss is cut off")
+    vf_coef: float = setting("rl", 0.1, "weight of the value loss; policy and critic share no weights")
+    whiten_rewards: bool = setting("rl", True, "divide the per-token rewards by their standard deviation in the batch")
+    missing_eos_score: float = setting("rl", -1.0, "score of a response that never ends")
+
+    dpo_beta: float = setting("dpo", 0.05, "DPO's beta: small lets the policy move far from SFT")
+    dpo_lr: float = setting("dpo", 3e-6, "learning rate of DPO, linear to 0")
+    dpo_batch_size: int = setting("dpo", 64, "pairs per update of DPO")
+
+    eval_samples: int = setting("eval", 600, "held-out prompts on which the methods are compared")
+    eval_temperature: float = setting("eval", 0.01, "sampling temperature of the evaluation; 0.01 is all but greedy")
+    judge: str = setting("eval", "rm", "who says which summary is better: rm (not independent!) or module:function")
+
+    def __post_init__(self):
+        for name, low, high in [("beta", 0, 1), ("lam", 0, 1), ("gamma", 0, 1), ("temperature", 1e-3, 100), ("lr", 0, 1),
+                                ("eval_temperature", 1e-3, 100), ("kl_coef", 0, math.inf), ("cliprange", 0, 1)]:
+            if not low <= getattr(self, name) <= high:
+                stop(f"--{name} {getattr(self, name)}: must lie in [{low}, {high}]")
+        for name, value in vars(self).items():
+            zero_is_fine = name in ("seed", "sft_steps", "rm_steps", "updates", "lora_r", "supervised_lora_r")
+            if type(value) is int and value < (not zero_is_fine):
+                stop(f"--{name} {value}: must be {'0 or more' if zero_is_fine else '1 or more'}")
+        if self.response_length < 2:
+            stop("--response_length 1: must be 2 or more, one token and its EOS")
+        self.run_dir = self.run_dir or f"runs/{self.preset}" + "_seeds" * bool(self.seeds)
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+PRESETS = {
+    "tldr": {},
+    "hh": dict(model="EleutherAI/pythia-1b-deduped", dataset="Anthropic/hh-rlhf", preference_dataset="Anthropic/hh-rlhf",
+               response_length=128, preference_length=256),
+    "tiny": dict(model="toy_env:tiny_pythia", tokenizer="toy_env:bpe_tokenizer", dataset="toy_env:gate",
+                 preference_dataset="toy_env:gate_pairs", judge="toy_env:gold_judge", reset_to="chosen", dtype="float32",
+                 query_length=96, response_length=24, preference_length=24, lora_r=0, micro_batch=64, max_grad_norm=1.0,
+                 sft_steps=600, sft_lr=3e-3, sft_batch_size=16, rm_steps=300, rm_lr=5e-4, rm_batch_size=16,
+                 updates=30, batch_size=32, lr=3e-4, beta=0.5, whiten_rewards=False, dpo_lr=3e-4,
+                 eval_samples=500, eval_temperature=0.7),
+}
+REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000     # rows that the reward bias and the accuracy are measured on, at most
+USES = {"sft": ("data", "sft"), "rm": ("data", "sft", "rm"), "dpo": ("data", "sft", "policy", "dpo"),
+        "ppo": ("data", "sft", "rm", "policy", "rl"), "drpo": ("data", "sft", "rm", "policy", "rl")}
+
+
+def generator(seed, *key):
+    """A CPU generator whose state depends on the seed and the key alone: a resumed run draws what it would have drawn."""
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Data. Whatever the source, rows become {prompt, reference} for SFT and RL, and {prompt, chosen, rejected} for pairs.
+
+def resolve(name):
+    """`module:function` -> the function; anything else -> None."""
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        return None
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        stop(f"{name}: {error}")
+
+
+def call(function, **offered):
+    """Call with those of the offered arguments that the function takes."""
+    wanted = inspect.signature(function).parameters
+    return function(**{name: value for name, value in offered.items() if name in wanted})
+
+
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def load_source(source, seed):
+    """-> (training rows, held-out rows) as the source has them: sequences of dicts.
+
+    A `module:function` is called with split="train" and "validation" and the seed. A folder or a Hub dataset is split as it
+    says. Where there is a train split only, as in a single file, its last tenth is held out."""
+    if function := resolve(source):
+        return [call(function, split=split, seed=seed) for split in ("train", "validation")]
+    import datasets                                                   # slow to import, and the tiny run does without
+    reader = READERS.get(Path(source.removesuffix(".gz")).suffix)
+    if reader and not Path(source).is_file():
+        stop(f"{source}: no such file")
+    try:
+        name, _, config = source.partition(":")
+        splits = datasets.load_dataset(reader, data_files=source) if reader else datasets.load_dataset(name, config or None)
+    except Exception as error:                                        # `datasets` has some twenty types for a bad source
+        stop(f"{source}: cannot be read: {error}")
+    held_out = [name for name in ("validation", "valid", "test", "valid1") if name in splits]
+    if "train" not in splits:
+        stop(f"{source}: has no split named train, only {', '.join(splits)}")
+    if held_out:
+        return splits["train"], splits[held_out[0]]
+    cut = len(splits["train"]) - max(1, len(splits["train"]) // 10)
+    return splits["train"].select(range(cut)), splits["train"].select(range(cut, len(splits["train"])))
+
+
+def read_row(row):
+    """A row of any known layout -> {prompt, reference} or {prompt, chosen, rejected[, batch]}; None where it has neither.
+
+    Told apart by their columns, not by the name of the dataset. Two dialogues that do not share a prompt get an empty one."""
+    def tldr(info):
+        return f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
+
+    has = row.keys().__ge__
+    if has({"info", "summaries", "choice"}):                          # openai/summarize_from_feedback and vwxyzjn's builds
+        article = row["info"].get("article")                          # CNN/DM rows have one instead of a post
+        texts, choice = [summary["text"] for summary in row["summaries"]], row["choice"]
+        return {"prompt": f"Article:\n{article}\n\nTL;DR:" if article else tldr(row["info"]),
+                "chosen": texts[choice], "rejected": texts[1 - choice], "batch": row.get("batch")}
+    if has({"prompt", "chosen", "rejected"}):                         # trl-lib/tldr-preference, CarperAI, Dahoas
+        return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+    if has({"chosen", "rejected"}):                                   # Anthropic/hh-rlhf: two whole dialogues
+        (prompt, mark, chosen), (other, _, rejected) = [row[name].rpartition("\n\nAssistant:") for name in ("chosen", "rejected")]
+        return {"prompt": prompt + mark if prompt == other else "", "chosen": chosen, "rejected": rejected}
+    if has({"subreddit", "title", "post", "summary"}):                # vwxyzjn/ and cleanrl/...tldr_3_filtered...
+        return {"prompt": tldr(row), "reference": row["summary"]}
+    for prompt, reference in [("prompt", "reference"), ("prompt", "completion"), ("prompt", "label"), ("prompt", "response"),
+                              ("query", "reference_response")]:       # trl-lib/tldr, CarperAI, Dahoas; older cleanrl builds
+        if has({prompt, reference}):
+            return {"prompt": row[prompt], "reference": row[reference]}
+
+
+def load_rows(source, kind, seed):
+    """-> (training rows, held-out rows), lists of dicts of str; kind is "reference" or "pairs".
+
+    Pairs serve as references too: the chosen response is the reference. Rows that teach nothing (an empty text, chosen equal
+    to rejected, dialogues without a shared prompt) are dropped and counted. Exits with 2 where rows are not of this kind."""
+    result = []
+    for part, rows in zip(("training", "held-out"), load_source(source, seed)):
+        kept = []
+        for number, raw in enumerate(rows):
+            where = f"{source}: {part} row {number}"
+            try:
+                row = read_row(raw)
+            except (TypeError, AttributeError, KeyError, IndexError) as error:
+                stop(f"{where} cannot be read: {type(error).__name__}: {error}")
+            if row is None or (kind == "pairs" and "chosen" not in row):
+                stop(f"{where} has the columns {', '.join(raw)}; needed are "
+                     f"{'chosen and rejected' if kind == 'pairs' else 'prompt and reference, or another layout of the README'}")
+            batch = row.pop("batch", None)
+            if kind == "reference" and "chosen" in row:
+                row = {"prompt": row["prompt"], "reference": row["chosen"]}
+            for name, text in row.items():
+                if not isinstance(text, str):
+                    stop(f"{where}: {name} must be text, not {type(text).__name__}")
+            if all(map(str.strip, row.values())) and len(set(row.values())) == len(row):
+                # "TL;DR:" without a space: the response brings it. `batch` is the labelling batch, where a source tells it
+                kept.append({**row, "prompt": row["prompt"].rstrip(), "batch": batch})
+        if len(kept) < len(rows):
+            print(f"{source}: {len(rows) - len(kept)} of {len(rows)} {part} rows dropped (empty, equal, or no shared prompt)")
+        if not kept:
+            stop(f"{source}: no usable {part} rows among {len(rows)}; both training and held-out rows are needed")
+        result.append(kept)
+    return result
+
+
+def encode_query(prompt, tokenizer, length):
+    """-> at most `length` token ids. A TL;DR post that is too long loses its last lines (or, within the first line, its last
+    characters) until it fits: OpenAI's rule, which keeps title and "TL;DR:". Any other prompt loses its beginning."""
+    ids = tokenizer(prompt)["input_ids"]
+    head, mark, tail = prompt.rpartition("\n\nTL;DR:")
+    before, label, post = head.partition("POST:" if "POST:" in head else "Article:")
+    if len(ids) > length and mark and label:
+        def cut(end):
+            return tokenizer(before + label + post[:end] + mark + tail)["input_ids"]
+        ends = [line.start() for line in re.finditer("\n", post)]
+        if not ends or len(cut(ends[0])) > length:
+            ends = range(len(post))
+        ids = cut(ends[max(0, bisect_right(ends, length, key=lambda end: len(cut(end))) - 1)])
+    return ids[-length:]
+
+
+def encode_response(text, tokenizer, length):
+    """-> ids of " " + text + EOS, at most `length`; where it is cut, the EOS is lost, as in the paper's preprocessing."""
+    ids = tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
+    return ([token for token in ids if token != tokenizer.eos_token_id] + [tokenizer.eos_token_id])[:length]
+
+
+def pack(queries, responses, fill, device, width=None):
+    """Lists of token ids -> one batch: queries padded on the left, responses on the right, so that the first response
+    token stands in the same column in every row. The fill is any valid token: masks come from lengths, never from ids.
+
+    Returns {query (B, Q) long, query_mask (B, Q) bool, response (B, T) long, response_len (B,) long}; T = `width` if given."""
+    Q, T = max(map(len, queries)), max(map(len, responses)) if width is None else width
+    query_len, response_len = [torch.tensor([len(ids) for ids in rows], device=device) for rows in (queries, responses)]
+    return {"query": torch.tensor([[fill] * (Q - len(ids)) + ids for ids in queries], device=device),
+            "query_mask": torch.arange(Q, device=device) >= Q - query_len[:, None],
+            "response": torch.tensor([ids + [fill] * (T - len(ids)) for ids in responses], dtype=torch.long, device=device),
+            "response_len": response_len}
+
+
+def encode(rows, fields, s, tokenizer, length):
+    """A batch of all rows with row[fields[0]] as the response, then all of them with row[fields[1]], if there are two."""
+    queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows]
+    responses = [encode_response(row[field], tokenizer, length) for field in fields for row in rows]
+    return pack(queries * len(fields), responses, tokenizer.eos_token_id, s.device)
+
+
+def response_mask(batch):
+    """(B, T) bool: the tokens of the response, EOS included."""
+    return torch.arange(batch["response"].shape[1], device=batch["response"].device) < batch["response_len"][:, None]
+
+
+def micro_batches(batch, s):
+    """Yields (row indices, batch of those rows), at most `micro_batch` rows each: rows of like length together, without the
+    columns of left padding that none of them needs."""
+    for rows in batch["query_mask"].sum(1).argsort(stable=True).split(s.micro_batch):
+        part = {name: x[rows] for name, x in batch.items()}
+        start = int(part["query_mask"].any(0).int().argmax())
+        yield rows, {**part, "query": part["query"][:, start:], "query_mask": part["query_mask"][:, start:]}
+
+
+def draw(rows, size, update, seed, stream):
+    """The `update`-th batch of an endless stream of epochs, each in a fresh order that depends on the seed alone."""
+    at = range(update * size, (update + 1) * size)
+    orders = {epoch: torch.randperm(len(rows), generator=generator(seed, stream, epoch)).tolist()
+              for epoch in {i // len(rows) for i in at}}
+    return [rows[orders[i // len(rows)][i % len(rows)]] for i in at]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Models. Four roles from two frozen networks:    policy  =  SFT network + LoRA          reference = adapter off
+#                                                    critic  =  RM network + LoRA + head    reward    = adapter off, own head
+# With lora_r = 0 all weights are trained and the frozen twin is a real copy. Networks stay in eval mode throughout:
+# dropout would make two passes over the same tokens disagree, and the ratio of the first epoch would not be 1.
+
+def load(loader, name, s, **kwargs):
+    """loader.from_pretrained from a Hub name, a folder or a .gguf file; a module:function is called with the seed."""
+    if function := resolve(name):
+        return call(function, seed=s.seed)
+    path = Path(name)
+    try:
+        if path.suffix == ".gguf":
+            return loader.from_pretrained(path.parent, gguf_file=path.name, **kwargs)
+        return loader.from_pretrained(name, **kwargs)
+    except Exception as error:                                        # every way in which a name can be wrong
+        stop(f"{name}: cannot be loaded: {error}")
+
+
+def load_tokenizer(name, s):
+    """As `load`, or from a tokenizer.json. The tokenizer has an EOS, or a response could never end."""
+    if name.endswith(".json") and Path(name).is_file():
+        return PreTrainedTokenizerFast(tokenizer_file=name, eos_token="<|endoftext|>")
+    tokenizer = load(AutoTokenizer, name, s)
+    if tokenizer.eos_token_id is None:
+        stop(f"--tokenizer {name}: has no end-of-text token")
+    return tokenizer
+
+
+def load_network(name, s, cls=AutoModelForCausalLM, full=False, **kwargs):
+    """A network of transformers, in eval mode on the device. Weights that will all be trained (`full`) are float32."""
+    dtype = torch.float32 if full else getattr(torch, s.dtype)
+    return load(cls, name, s, dtype=dtype, **kwargs).to(s.device, dtype).eval()
+
+
+def load_reward(folder, s, full=False):
+    """-> (backbone, head) of a reward model. On disk it is an AutoModelForSequenceClassification, whose head has no bias of
+    its own: the mean score of the references stands in its config, and score = logit - config.reward_bias."""
+    model = load_network(folder, s, AutoModelForSequenceClassification, full)
+    if not hasattr(model.config, "reward_bias"):
+        stop(f"{folder}: is not a reward model (its config has no reward_bias); make one with: python drpo.py rm")
+    return model.base_model, scalar_head(model.score.weight, -model.config.reward_bias).requires_grad_(False)
+
+
+def scalar_head(weight, bias=0.0):
+    """nn.Linear(d, 1) in float32 from a weight (1, d)."""
+    head = nn.Linear(weight.shape[1], 1, device=weight.device)
+    head.load_state_dict({"weight": weight, "bias": torch.tensor([bias])})
+    return head
+
+
+def save_network(network, tokenizer, folder):
+    """In the layout that from_pretrained reads: an adapter under adapter/, and merged into its network."""
+    if hasattr(network, "merge_and_unload"):
+        network.save_pretrained(folder / "adapter")
+        network = network.merge_and_unload()
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def add_lora(network, r):
+    """LoRA on the projections that peft chooses for this architecture (query_key_value in Pythia), as in the official code.
+    B starts at 0, so a fresh adapter changes nothing; peft keeps adapters in float32 whatever the network is in."""
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(network, LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, bias="none")).eval()
+
+
+def twin(network, lora_r):
+    """-> (trained, frozen): the network as it will be trained, and a function that opens a context with it as it is now."""
+    if not lora_r:
+        original = copy.deepcopy(network).requires_grad_(False)
+        return network, lambda: contextlib.nullcontext(original)
+    trained = add_lora(network, lora_r)
+
+    @contextlib.contextmanager
+    def frozen():
+        with trained.disable_adapter():
+            yield trained
+    return trained, frozen
+
+
+def inputs(batch):
+    """Arguments of a forward pass over query and response. Padding after the response needs no mask: no token before it can
+    see it, and what is computed on it is never used. Padding before the query does."""
+    mask = torch.cat([batch["query_mask"], torch.ones_like(batch["response"], dtype=torch.bool)], 1)
+    return {"input_ids": torch.cat([batch["query"], batch["response"]], 1), "attention_mask": mask.long(),
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+
+
+def response_logprobs(network, batch, temperature=1.0):
+    """-> log pi(a_t | s_t) (B, T) and the entropy of pi(. | s_t) (B, T), both float32, at the given temperature."""
+    T = batch["response"].shape[1]
+    logits = network(**inputs(batch), logits_to_keep=T + 1).logits[:, :-1].float() / temperature
+    every = logits.log_softmax(-1)
+    logprobs, every = every.gather(-1, batch["response"][..., None])[..., 0], every.detach()
+    return logprobs, -(every.exp() * every).sum(-1)
+
+
+def response_states(backbone, batch):
+    """-> hidden states (B, T+1, d) float32: [:, t] is the state before response token t, [:, response_len] the one at EOS."""
+    T = batch["response"].shape[1]
+    return backbone(**inputs(batch)).last_hidden_state[:, -T - 1:].float()
+
+
+def apply_head(head, states):
+    """(..., d) -> (...), as a sum of products: a matrix product would be cast to bfloat16 under autocast."""
+    return (states * head.weight[0]).sum(-1) + head.bias
+
+
+def end_scores(backbone, head, batch):
+    """The reward of whole responses, (B,) float32: the head on the state at the last token, which is EOS if there is one."""
+    states = response_states(backbone, batch)
+    return apply_head(head, states[torch.arange(len(states)), batch["response_len"]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The mathematics. Pure functions. Per-token tensors are (B, T) float32 over response positions; `mask` (B, T) is 1 on the
+# tokens that the policy itself sampled, up to and with EOS. What lies outside the mask, even NaN, never matters.
+
+def bradley_terry_loss(chosen_scores, rejected_scores):
+    """Eq. (1) under Bradley-Terry-Luce: mean of -log sigma(r(winner) - r(loser)). (B,), (B,) -> scalar."""
+    return -F.logsigmoid(chosen_scores - rejected_scores).mean()
+
+
+def sample_reset_lengths(reference_lengths, beta, generator, include_zero=False):
+    """Alg. 1, line 3: how many tokens of its reference each rollout starts with. (B,) long -> (B,) long.
+
+    A row is reset with probability beta. A reset row's prefix is uniform on 1..n, n its reference's length without EOS
+    (as RollinProcessor in the official code; with `include_zero` on 0..n, as Alg. 3). An empty reference gives 0."""
+    n = reference_lengths.cpu()
+    is_reset = torch.rand(len(n), generator=generator) < beta
+    low = 0 if include_zero else 1
+    lengths = low + (torch.rand(len(n), generator=generator, dtype=torch.float64) * (n + 1 - low)).long()
+    return torch.where(is_reset & (n > 0), lengths, 0).to(reference_lengths.device)
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask is 1. (B, T), (B, T) -> scalar."""
+    mask = mask.bool()
+    return torch.where(mask, x, 0.0).sum() / mask.sum()
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """Unit variance (biased, as in the official code) and, if shift_mean, zero mean over the mask; 0 elsewhere. (B, T)."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8) + (0.0 if shift_mean else mean)
+    return torch.where(mask.bool(), whitened, 0.0)
+
+
+def penalised_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """r_t = -kl_coef * ln(pi(a_t|s_t) / pi_SFT(a_t|s_t)), plus the score at the last masked token. scores (B,) -> (B, T)."""
+    mask = mask.bool()
+    penalty = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)            # one masked token from here on, this one
+    return penalty + torch.where(is_last, scores[:, None], 0.0)
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), 0 bootstrapped after the last masked token.
+
+    delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t.
+    (B, T) each -> advantages, returns, both 0 outside the mask."""
+    mask = mask.bool()
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def log_ratio(logprobs, old_logprobs, mask):
+    """ln(pi / pi_old) on the mask, 0 elsewhere: masked before any exp, so that no gradient and no NaN leaks in. (B, T)."""
+    return torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
+
+
+def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
+    """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated: mean of max(-A rho, -A clip(rho, 1-eps, 1+eps)).
+
+    (B, T) each -> (loss, clipfrac), scalars; clipfrac is the share of masked tokens on which the clip bites."""
+    ratio = log_ratio(logprobs, old_logprobs, mask).exp()
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    return masked_mean(torch.max(unclipped, clipped), mask), masked_mean((clipped > unclipped).float(), mask)
+
+
+def ppo_value_loss(values, old_values, returns, mask, cliprange_value):
+    """0.5 mean max((V - R)^2, (clip(V, V_old +- eps) - R)^2), official code drpo.py:866-874. (B, T) -> (loss, clipfrac)."""
+    clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
+    plain_error, clipped_error = [torch.where(mask.bool(), v - returns, 0.0) ** 2 for v in (values, clipped)]
+    return (0.5 * masked_mean(torch.max(plain_error, clipped_error), mask),
+            masked_mean((clipped_error > plain_error).float(), mask))
+
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    """DPO (Rafailov et al. 2023, eq. 7) on log-probabilities of whole responses, (B,) each -> (loss, margins (B,))."""
+    margins = beta * ((policy_chosen - ref_chosen) - (policy_rejected - ref_rejected))
+    return -F.logsigmoid(margins).mean(), margins
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Rollouts with dataset resets.
+
+def token_masks(reset_len, response_len, T, masking="sampled"):
+    """The one place where masks are made. -> three (B, T) bool: the sampled tokens up to EOS; what the policy loss sees; what
+    the value loss, the KL reward, whitening and statistics see. All three are the first, unless masking is "official"."""
+    t = torch.arange(T, device=reset_len.device)
+    free = t >= reset_len[:, None]
+    sampled = free & (t < response_len[:, None])
+    return (sampled, sampled, sampled) if masking == "sampled" else (sampled, free, torch.ones_like(free))
+
+
+@torch.no_grad()
+def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop_at_eos=True):
+    """Alg. 1, line 4: reset to query + prefix, then let the policy finish.
+
+    The prefix is fed with the query, so only what is left is decoded. Token t of row i is the inverse of the policy's
+    cumulative distribution at uniforms[i, t]: exactly the softmax that is scored later, and the same token whatever rows
+    are decoded beside it. Rows with about as much left to decode go together, and leave when they have ended.
+    queries, prefixes: B lists of ids; uniforms (B, T) in [0, 1) -> responses, B lists of at most T ids, EOS included."""
+    T, responses = uniforms.shape[1], [list(prefix) for prefix in prefixes]
+    order = sorted(range(len(queries)), key=lambda row: -len(prefixes[row]))
+    for first in range(0, len(order), s.micro_batch):
+        rows = order[first:first + s.micro_batch]
+        start = pack([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
+        tokens, mask, cache = start["query"], start["query_mask"], None
+        while rows:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
+            out = policy(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
+                         use_cache=True, logits_to_keep=1)
+            cdf = (out.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
+            u = uniforms[rows, [len(responses[row]) for row in rows]].to(cdf)[:, None]
+            tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+            for row, token in zip(rows, tokens[:, 0].tolist()):
+                responses[row].append(token)
+            left = [i for i, row in enumerate(rows)
+                    if len(responses[row]) < T and not (stop_at_eos and responses[row][-1] == tokenizer.eos_token_id)]
+            cache, mask = out.past_key_values, F.pad(mask, (0, 1), value=True)
+            if len(left) < len(rows):
+                keep = torch.tensor(left, dtype=torch.long, device=mask.device)
+                cache.batch_select_indices(keep)
+                rows, tokens, mask = [rows[i] for i in left], tokens[keep], mask[keep]
+    return responses
+
+
+def sample(network, rows, s, tokenizer, temperature):
+    """-> one response (list of ids) per row, from the bare prompt. The same uniforms for every method: paired samples."""
+    uniforms = torch.rand(len(rows), s.response_length, generator=generator(s.seed, "evaluation"))
+    queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows]
+    return rollout(network, queries, [[]] * len(rows), uniforms, tokenizer, s, temperature)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Stages. Each is a visible loop over `training(...)`, which keeps what all of them need out of sight: learning rate,
+# metrics, checkpoints. Each returns what the next one should know before it starts.
+
+def training(stage, updates, lr, modules, s):
+    """Yields (update, optimizer, metrics) for each update still to do; what the loop body puts into `metrics` is logged.
+
+    AdamW with eps 1e-5, lr linear from `lr` to lr / updates. Randomness depends on seed and update number alone, so a
+    checkpoint is no more than trained weights, optimizer state and a number, and an interrupted stage goes on from it."""
+    folder = Path(s.run_dir) / stage
+    params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, eps=1e-5)
+    done = load_checkpoint(folder / "checkpoint", params, optimizer, s, stage)
+    log = folder / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if done else "")
+    bar = tqdm(range(done, updates), initial=done, total=updates, desc=f"{stage:4}", unit="update")
+    for update in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - update / updates)
+        metrics, began = {"update": update + 1, "lr": group["lr"]}, time.perf_counter()
+        yield update, optimizer, metrics
+        metrics["seconds"] = time.perf_counter() - began
+        with log.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        shown = [name for name in ("loss", "accuracy", "score", "kl", "eos_rate", "response_tokens") if name in metrics]
+        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
+        if (update + 1) % s.save_every == 0 or update + 1 == updates:
+            save_checkpoint(folder / "checkpoint", update + 1, params, optimizer, s, stage)
+
+
+def step(optimizer, s, where):
+    """One optimizer step -> the gradient's norm. Where that is not finite, so also where the loss was not, the run stops
+    before the weights move."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(params, s.max_grad_norm or math.inf)
+    if not torch.isfinite(norm):
+        stop(f"{where}: the gradient is not finite; no step was taken, the last checkpoint is kept in {s.run_dir}", 3)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def relevant(s, stage):
+    """The settings that a stage's result depends on."""
+    return {f.name: getattr(s, f.name) for f in dataclasses.fields(s)
+            if f.metadata["help"][1:].partition("]")[0] in USES[stage]}
+
+
+def refuse_if_changed(old, s, stage):
+    """What was made with other settings is neither continued nor overwritten. old: a path to settings as JSON."""
+    old, new = json.loads(old.read_text())["settings"], relevant(s, stage)
+    changed = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
+    if changed:
+        folder = f"{s.run_dir}/{stage}"
+        stop(f"{folder} was made with other settings ({'; '.join(changed)}): name another --run_dir, or delete {folder}")
+
+
+def save_checkpoint(folder, update, params, optimizer, s, stage):
+    """Written under another name, then renamed: a reader finds the old checkpoint or the new one, whole."""
+    new, done = folder / "new", folder / f"{update:06d}"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    save_file({name: p.detach().contiguous() for name, p in params.items()}, new / "trained.safetensors")
+    torch.save(optimizer.state_dict(), new / "optimizer.pt")
+    (new / "settings.json").write_text(json.dumps({"settings": relevant(s, stage)}, indent=1))
+    new.rename(done)
+    for old in folder.iterdir():
+        if old != done:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder, params, optimizer, s, stage):
+    """Loads the newest checkpoint in place -> the number of updates done, 0 where there is none."""
+    found = sorted(folder.glob("[0-9]" * 6))
+    if not found:
+        return 0
+    refuse_if_changed(found[-1] / "settings.json", s, stage)
+    for name, tensor in load_file(found[-1] / "trained.safetensors").items():
+        params[name].data.copy_(tensor)
+    optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
+    print(f"{stage}: goes on after update {int(found[-1].name)}, from {found[-1]}")
+    return int(found[-1].name)
+
+
+def train_sft(s):
+    """Supervised fine-tuning: cross-entropy over query and response (as the official sft.py), padding ignored."""
+    rows, held_out = load_rows(s.dataset, "reference", s.seed)
+    tokenizer = load_tokenizer(s.tokenizer or s.model, s)
+    network = load_network(s.model, s, full=not s.supervised_lora_r)
+    vocabulary = network.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        stop(f"--tokenizer has {len(tokenizer)} tokens, but --model {s.model} embeds only {vocabulary}")
+    if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < vocabulary:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})          # apart from EOS, in a spare row of the embedding
+    network.config.pad_token_id = tokenizer.pad_token_id
+    network.config.eos_token_id = network.generation_config.eos_token_id = tokenizer.eos_token_id
+    network = add_lora(network, s.supervised_lora_r) if s.supervised_lora_r else network
+    some = rows[:2000]
+    cut = sum(len(encode_response(row["reference"], tokenizer, s.response_length + 1)) > s.response_length for row in some)
+    print(f"sft: {len(rows)} rows, {len(held_out)} held out; {cut} of the first {len(some)} references are cut at "
+          f"{s.response_length} tokens; lr linear from {s.sft_lr:g} to 0")
+
+    def token_losses(batch):
+        """-> the sum of the tokens' losses, and their number."""
+        given, valid = inputs(batch), torch.cat([batch["query_mask"], response_mask(batch)], 1)
+        targets = given["input_ids"].masked_fill(~valid, -100)[:, 1:].masked_fill(~valid[:, :-1], -100)
+        logits = network(**given).logits[:, :-1].float()
+        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="sum"), (targets != -100).sum()
+
+    updates = s.sft_steps or max(1, len(rows) // s.sft_batch_size)
+    for update, optimizer, metrics in training("sft", updates, s.sft_lr, nn.ModuleDict({"policy": network}), s):
+        batch = encode(draw(rows, s.sft_batch_size, update, s.seed, "sft"), ["reference"], s, tokenizer, s.response_length)
+        tokens = batch["query_mask"].sum() + batch["response_len"].sum() - len(batch["query"])  # a row's first has no target
+        metrics["loss"] = 0.0
+        for _, part in micro_batches(batch, s):
+            loss = token_losses(part)[0] / tokens                     # summed over micro-batches: the mean over all tokens
+            loss.backward()
+            metrics["loss"] += loss.item()
+        metrics["grad_norm"] = step(optimizer, s, f"sft update {update + 1}")
+    save_network(network, tokenizer, Path(s.run_dir) / "sft")
+
+    held_out = held_out[:s.eval_samples]
+    with torch.no_grad():
+        sums = [token_losses(part) for _, part in micro_batches(encode(held_out, ["reference"], s, tokenizer, s.response_length), s)]
+    loss = sum(total.item() for total, _ in sums) / sum(count.item() for _, count in sums)
+    rouge = mean_ci(rouge_l(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out))
+    print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {rouge[0]:.3f}, on {len(held_out)} rows")
+    return {"held_out_loss": loss, "rouge_l": rouge[0], "rouge_l_ci95": rouge[1]}
+
+
+def pair_update(pairs, s, optimizer, loss_of, where):
+    """One step on the mean over pairs of loss_of(pairs) -> (loss, margins), in micro-batches. -> metrics."""
+    size = max(1, s.micro_batch // 2)                                 # a pair is two rows
+    loss, right = 0.0, 0
+    for part in [pairs[i:i + size] for i in range(0, len(pairs), size)]:
+        part_loss, margins = loss_of(part)
+        (part_loss * len(part) / len(pairs)).backward()
+        loss, right = loss + part_loss.item() * len(part) / len(pairs), right + (margins > 0).sum().item()
+    return {"loss": loss, "accuracy": right / len(pairs), "grad_norm": step(optimizer, s, where)}
+
+
+def train_rm(s):
+    """Alg. 1, line 1. The reward model: the SFT network with a scalar head read at EOS, fitted by Eq. (1)."""
+    rows, held_out = load_rows(s.preference_dataset, "pairs", s.seed)
+    tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
+    model = load_network(f"{s.run_dir}/sft", s, AutoModelForSequenceClassification, not s.supervised_lora_r, num_labels=1)
+    d = model.score.in_features
+    head = scalar_head(torch.randn(1, d, generator=generator(s.seed, "rm head")).to(s.device) / math.sqrt(d + 1))
+    head.bias.requires_grad_(False)                                   # the loss sees differences only
+    backbone = add_lora(model.base_model, s.supervised_lora_r) if s.supervised_lora_r else model.base_model
+
+    def pair_loss(pairs):
+        batch = encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length)
+        chosen, rejected = end_scores(backbone, head, batch).chunk(2)
+        return bradley_terry_loss(chosen, rejected), chosen - rejected
+
+    updates = s.rm_steps or max(1, len(rows) // s.rm_batch_size)
+    for update, optimizer, metrics in training("rm", updates, s.rm_lr, nn.ModuleDict({"reward": backbone, "head": head}), s):
+        pairs = draw(rows, s.rm_batch_size, update, s.seed, "rm")
+        metrics.update(pair_update(pairs, s, optimizer, pair_loss, f"rm update {update + 1}"))
+
+    held_out, groups = held_out[:HELD_OUT_PAIRS], {}
+    with torch.no_grad():
+        margins = torch.cat([pair_loss(held_out[i:i + s.micro_batch])[1] for i in range(0, len(held_out), s.micro_batch)])
+        references = load_rows(s.dataset, "reference", s.seed)[0][:REFERENCES_FOR_BIAS]
+        scores = reference_scores(backbone, head, references, s, tokenizer)
+    for hit, row in zip((margins > 0).float().tolist(), held_out):    # N+ detail 16: accuracy differs by labelling batch
+        groups.setdefault(row["batch"] or "all", []).append(hit)
+    accuracy, interval = wilson(sum(groups.values(), []))
+    if s.supervised_lora_r:
+        backbone.merge_and_unload()
+    model.score.weight.data.copy_(head.weight)
+    model.config.reward_bias = scores.mean().item()                   # N+ detail 15: references score 0 on average
+    save_network(model, tokenizer, Path(s.run_dir) / "rm")
+    print(f"rm: accuracy {accuracy:.3f} [{interval[0]:.3f}, {interval[1]:.3f}] on {len(held_out)} held-out pairs; references "
+          f"scored {scores.mean():.2f} with spread {scores.std():.2f}, and from here on 0 on average")
+    return {"accuracy": accuracy, "accuracy_ci95": interval, "reference_score_std": scores.std().item(),
+            "accuracy_by_batch": {batch: [*wilson(hits), len(hits)] for batch, hits in sorted(groups.items())}}
+
+
+def train_dpo(s):
+    """Direct preference optimisation, from the SFT network, on the pairs that the reward model was fitted on."""
+    rows, _ = load_rows(s.preference_dataset, "pairs", s.seed)
+    tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
+    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r)
+
+    def pair_loss(pairs):
+        batch = encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length)
+        with torch.no_grad(), reference() as network:
+            ref = sequence_logprobs(network, batch).chunk(2)
+        return dpo_loss(*sequence_logprobs(policy, batch).chunk(2), *ref, s.dpo_beta)
+
+    updates = s.updates or max(1, len(rows) // s.dpo_batch_size)
+    for update, optimizer, metrics in training("dpo", updates, s.dpo_lr, nn.ModuleDict({"policy": policy}), s):
+        pairs = draw(rows, s.dpo_batch_size, update, s.seed, "dpo")
+        metrics.update(pair_update(pairs, s, optimizer, pair_loss, f"dpo update {update + 1}"))
+    save_network(policy, tokenizer, Path(s.run_dir) / "dpo")
+
+
+def train_drpo(s, stage="drpo"):
+    """Algorithm 1 with PPO as its policy optimiser. PPO itself is this function at beta = 0."""
+    references, _ = load_rows(s.dataset, "reference", s.seed)
+    rows = references if s.reset_to == "reference" else load_rows(s.preference_dataset, "reference", s.seed)[0]
+    tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
+    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r)
+    backbone, reward_head = load_reward(f"{s.run_dir}/rm", s, full=not s.lora_r)
+    critic, reward = twin(backbone, s.lora_r)                         # the critic starts as the reward model, head and all
+    value_head = copy.deepcopy(reward_head).requires_grad_(True)
+    modules = nn.ModuleDict({"policy": policy, "critic": critic, "value_head": value_head})
+    B, T, eos = s.batch_size, s.response_length, tokenizer.eos_token_id
+    tolerance = 1e-4 if s.dtype == "float32" else 0.1                 # nats that rounding may cost, and a bug exceeds
+
+    for update, optimizer, metrics in training(stage, s.updates or max(1, len(rows) // B), s.lr, modules, s):
+        clock, where = [time.perf_counter()], f"{stage} update {update + 1}"
+        # Alg. 1, line 3: where each rollout starts: a prompt, and with probability beta a prefix of its own reference
+        episodes, rng = draw(rows, B, update, s.seed, "rl"), generator(s.seed, "rollout", update)
+        queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in episodes]
+        prefixes = [[token for token in encode_response(row["reference"], tokenizer, T) if token != eos][:T - 1]
+                    for row in episodes]
+        reset_len = sample_reset_lengths(torch.tensor([len(ids) for ids in prefixes]), s.beta, rng, s.reset_include_prompt)
+        prefixes = [ids[:length] for ids, length in zip(prefixes, reset_len.tolist())]
+
+        # Line 4: the policy finishes each response
+        responses = rollout(policy, queries, prefixes, torch.rand(B, T, generator=rng), tokenizer, s, s.temperature,
+                            stop_at_eos=s.masking == "sampled")
+        batch = pack(queries, responses, eos, s.device, width=T)
+        has_eos = torch.tensor([eos in ids for ids in responses], device=s.device)
+        batch["response_len"] = torch.tensor([ids.index(eos) + 1 if eos in ids else T for ids in responses], device=s.device)
+        sampled, in_policy_loss, in_rest = token_masks(reset_len.to(s.device), batch["response_len"], T, s.masking)
+        clock.append(time.perf_counter())
+
+        # Line 5: reward and log-ratio of every step. Log-probabilities come from the training forward, not the sampler
+        with torch.no_grad():
+            logprobs, ref_logprobs, entropy, values = torch.zeros(4, B, T, device=s.device)
+            scores = torch.zeros(B, device=s.device)
+            for chunk, part in micro_batches(batch, s):
+                logprobs[chunk], entropy[chunk] = response_logprobs(policy, part, s.temperature)
+                values[chunk] = apply_head(value_head, response_states(critic, part)[:, :-1])
+                with reference() as network:
+                    ref_logprobs[chunk], _ = response_logprobs(network, part, s.temperature)
+                with reward() as network:
+                    scores[chunk] = end_scores(network, reward_head, part)
+            log_ratios = log_ratio(logprobs, ref_logprobs, sampled)
+            if update == 0:
+                first_update_checks(log_ratios, reset_len, reward, reward_head, references, tokenizer, tolerance, s)
+            scores = torch.where(has_eos, scores, s.missing_eos_score)
+            rewards = penalised_rewards(scores, logprobs, ref_logprobs, sampled, s.kl_coef)
+            if s.masking == "official":                               # the KL reward also outside of what was sampled
+                rewards += penalised_rewards(0 * scores, logprobs, ref_logprobs, ~sampled, s.kl_coef)
+            whitened = masked_whiten(rewards, in_rest, shift_mean=False) if s.whiten_rewards else rewards
+            raw_advantages, returns = gae(whitened, values, in_rest, s.gamma, s.lam)
+            advantages = masked_whiten(raw_advantages, in_rest)
+        clock.append(time.perf_counter())
+
+        # Line 6: PPO, `epochs` steps on the whole batch
+        new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
+        for epoch in range(s.epochs):
+            for chunk, part in micro_batches(batch, s):
+                part_logprobs, _ = response_logprobs(policy, part, s.temperature)
+                part_values = apply_head(value_head, response_states(critic, part)[:, :-1])
+                pg_loss, _ = ppo_policy_loss(part_logprobs, logprobs[chunk], advantages[chunk], in_policy_loss[chunk], s.cliprange)
+                vf_loss, _ = ppo_value_loss(part_values, values[chunk], returns[chunk], in_rest[chunk], s.cliprange_value)
+                # a mean over some rows, times their share of the tokens: summed up, the mean over the whole batch
+                loss = (pg_loss * in_policy_loss[chunk].sum() / in_policy_loss.sum() +
+                        s.vf_coef * vf_loss * in_rest[chunk].sum() / in_rest.sum())
+                loss.backward()
+                new_logprobs[epoch, chunk], new_values[epoch, chunk] = part_logprobs.detach(), part_values.detach()
+            drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
+            if epoch == 0 and drift > tolerance:
+                stop(f"{where}: before any step the policy differs from the one that sampled (ln ratio up to {drift:.1e}, "
+                     f"should be 0): look for dropout, padding, masks, temperature", 3)
+            grad_norm = step(optimizer, s, where)
+        clock.append(time.perf_counter())
+
+        mask, rest = [x.expand(s.epochs, B, T) for x in (in_policy_loss, in_rest)]  # figures are means over the epochs
+        pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, mask, s.cliprange)
+        vf_loss, vf_clipfrac = ppo_value_loss(new_values, values, returns, rest, s.cliprange_value)
+        drift = log_ratio(new_logprobs, logprobs, mask)
+        lengths, forced, seconds = batch["response_len"], int(reset_len.sum()), [b - a for a, b in zip(clock, clock[1:])]
+        prefix_share = reset_len / torch.tensor([len(ids) for ids in responses])
+        figures = {
+            "score": scores.mean(), "kl": log_ratios.sum(1).mean(), "non_score_reward": rewards.sum(1).mean() - scores.mean(),
+            "entropy": masked_mean(entropy, sampled), "loss": pg_loss + s.vf_coef * vf_loss, "pg_loss": pg_loss, "vf_loss": vf_loss,
+            "clipfrac": clipfrac, "vf_clipfrac": vf_clipfrac, "ratio": drift.exp()[mask].mean(), "ratio_var": drift.exp()[mask].var(),
+            "approx_kl": -drift[mask].mean(), "approx_kl3": (drift.exp() - 1 - drift)[mask].mean(),            # k1 and k3
+            "explained_variance": 1 - (returns - values)[in_rest].var() / returns[in_rest].var(),
+            "advantage_mean": raw_advantages[in_rest].mean(), "advantage_std": raw_advantages[in_rest].std(),
+            "eos_rate": has_eos.float().mean(), "response_tokens": lengths.float().mean(),
+            "reset_share": (reset_len > 0).float().mean(), "prefix_share": prefix_share[reset_len > 0].mean() if forced else 0.0,
+            "tokens_decoded": sum(map(len, responses)) - forced, "tokens_forced": forced, "tokens_per_second": lengths.sum() / sum(seconds),
+            "grad_norm": grad_norm, "seconds_rollout": seconds[0], "seconds_score": seconds[1], "seconds_update": seconds[2]}
+        metrics.update({name: float(value) for name, value in figures.items()})
+    save_network(policy, tokenizer, Path(s.run_dir) / stage)
+
+
+def first_update_checks(log_ratios, reset_len, reward, reward_head, references, tokenizer, tolerance, s):
+    """Three mistakes that no curve shows at once, looked for before the first step. Each check prints a line, or stops."""
+    share, sigma = (reset_len > 0).float().mean().item(), math.sqrt(s.beta * (1 - s.beta) / len(reset_len))
+    tqdm.write(f"check: {share:.2f} of the rollouts start from a reset, and beta is {s.beta:g}")
+    if not s.reset_include_prompt and abs(share - s.beta) > 5 * sigma + 1e-6:
+        stop("resets do not happen as often as beta says", 3)
+    tqdm.write(f"check: |ln pi - ln pi_SFT| is at most {log_ratios.abs().max():.1e} before the first step; it should be 0")
+    if not log_ratios.abs().max() < tolerance:
+        stop("the reference is not the SFT model that the policy starts from", 3)
+    with reward() as network:
+        some = [references[i] for i in torch.randperm(len(references), generator=generator(s.seed, "check"))[:256].tolist()]
+        scores = reference_scores(network, reward_head, some, s, tokenizer)
+    mean, error = scores.mean().item(), scores.std().item() / math.sqrt(len(scores))
+    tqdm.write(f"check: SFT references score {mean:.2f} +- {error:.2f} (standard error); it should be 0")
+    if not abs(mean) < 5 * error + tolerance:
+        stop("the reward model does not see the references as it was trained on them", 3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Evaluation, on held-out prompts.
+
+def sequence_logprobs(network, batch, temperature=1.0):
+    """ln pi(response | query), (B,)."""
+    return torch.where(response_mask(batch), response_logprobs(network, batch, temperature)[0], 0.0).sum(1)
+
+
+def per_row(function, rows, responses, s, tokenizer):
+    """function(batch) -> (B,), over all rows with these responses (lists of ids), in micro-batches -> (rows,) on the CPU."""
+    queries, out = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows], torch.zeros(len(rows))
+    with torch.no_grad():
+        for chunk, part in micro_batches(pack(queries, responses, tokenizer.eos_token_id, s.device), s):
+            out[chunk.cpu()] = function(part).float().cpu()
+    return out
+
+
+def reference_scores(backbone, head, rows, s, tokenizer):
+    """What the reward model gives to the rows' own references, (rows,)."""
+    responses = [encode_response(row["reference"], tokenizer, s.response_length) for row in rows]
+    return per_row(lambda part: end_scores(backbone, head, part), rows, responses, s, tokenizer)
+
+
+def decode(responses, tokenizer):
+    """Lists of ids -> texts as a judge reads them."""
+    return [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+
+
+def rouge_l(texts, rows):
+    """ROUGE-L F1 with stemming, as `evaluate.load("rouge")` computes it, per text."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return [scorer.score(row["reference"], text)["rougeL"].fmeasure for text, row in zip(texts, rows)]
+
+
+def wilson(wins, z=1.96):
+    """Wins in [0, 1] -> (their share, [low, high]): the Wilson 95 % interval, which behaves at 0 and 1 as +- does not."""
+    n, p = len(wins), sum(wins) / len(wins)
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+
+
+def mean_ci(values, z=1.96):
+    """-> (mean, [low, high]), the 95 % interval of the mean by the normal approximation."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    mean, half = values.mean().item(), z * values.std(correction=0).item() / math.sqrt(len(values))
+    return mean, [mean - half, mean + half]
+
+
+def load_judge(s, backbone, head, tokenizer):
+    """-> judge(prompts, a, b) -> [P(a is preferred), ...], from lists of texts."""
+    def by_reward(prompts, a, b):                                     # the run's own reward model: what was optimised
+        first, second = [reference_scores(backbone, head, [{"prompt": p, "reference": x} for p, x in zip(prompts, texts)], s, tokenizer)
+                         for texts in (a, b)]
+        return ((torch.sign(first - second) + 1) / 2).tolist()
+
+    if s.judge == "rm":
+        return by_reward
+    return resolve(s.judge) or stop(f"--judge {s.judge}: must be rm or module:function")
+
+
+def evaluate(s):
+    """Every finished method of the run, on the same held-out prompts -> report.json and samples.jsonl."""
+    run = Path(s.run_dir)
+    results = {stage: json.loads((run / stage / "result.json").read_text()) for stage in USES if (run / stage / "result.json").exists()}
+    rows = load_rows(s.dataset, "reference", s.seed)[1][:s.eval_samples]
+    tokenizer, sft, (backbone, head) = load_tokenizer(f"{run}/sft", s), load_network(f"{run}/sft", s), load_reward(f"{run}/rm", s)
+    prompts, references = [row["prompt"] for row in rows], [row["reference"].strip() for row in rows]
+    judge, methods = load_judge(s, backbone, head, tokenizer), {}
+    samples = [{"prompt": prompt, "reference": reference} for prompt, reference in zip(prompts, references)]
+    for method in tqdm([name for name in ("sft", "dpo", "ppo", "drpo") if name in results], desc="eval", unit="method"):
+        network = sft if method == "sft" else load_network(f"{run}/{method}", s)
+        responses = sample(network, rows, s, tokenizer, s.eval_temperature)
+        texts = decode(responses, tokenizer)
+        wins = judge(prompts, texts, references)
+        scores = per_row(lambda part: end_scores(backbone, head, part), rows, responses, s, tokenizer)
+        # KL(pi || pi_SFT) is estimated on samples of pi at the training temperature, where both were compared in training
+        drawn = responses if s.eval_temperature == s.temperature else sample(network, rows, s, tokenizer, s.temperature)
+        kl = per_row(lambda part: sequence_logprobs(network, part, s.temperature) - sequence_logprobs(sft, part, s.temperature),
+                     rows, drawn, s, tokenizer)
+        figures = {"win_rate": wilson(wins), "rm_score": mean_ci(scores), "kl": mean_ci(kl), "rouge_l": mean_ci(rouge_l(texts, rows)),
+                   "response_tokens": mean_ci([float(len(ids)) for ids in responses]),
+                   "eos_rate": wilson([float(ids[-1] == tokenizer.eos_token_id) for ids in responses])}
+        methods[method] = {key: part for name, (value, interval) in figures.items()
+                           for key, part in ((name, value), (f"{name}_ci95", interval))}
+        for row, *row[method] in zip(samples, texts, wins, scores.tolist(), kl.tolist()):
+            row[method] = dict(zip(("response", "win", "rm_score", "kl"), row[method]))
+    report = {"methods": methods, "rm": results["rm"], "sft": results["sft"],
+              "seconds": {stage: result.pop("seconds") for stage, result in results.items()}, "settings": dataclasses.asdict(s)}
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    (run / "report.json").write_text(json.dumps(report, indent=1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Running.
+
+STAGES = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": lambda s: train_drpo(s, "ppo"), "drpo": train_drpo}
+
+
+def run_stage(stage, s):
+    """One stage, from the finished ones before it to its own result.json. A finished stage with the same settings is kept."""
+    result = Path(s.run_dir) / stage / "result.json"
+    for needed in {"eval": ("sft", "rm"), "sft": (), "rm": ("sft",), "dpo": ("sft",)}.get(stage, ("sft", "rm")):
+        if not (Path(s.run_dir) / needed / "result.json").exists():
+            stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
+    if stage == "eval":
+        return evaluate(s)
+    if stage == "ppo":
+        s = dataclasses.replace(s, beta=0.0)
+    if result.exists():
+        refuse_if_changed(result, s, stage)
+        return print(f"{stage}: finished, and kept (delete {result.parent} to train it anew)")
+    result.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    figures = STAGES[stage](s) or {}
+    result.write_text(json.dumps({"seconds": time.perf_counter() - began, **figures, "settings": relevant(s, stage)}, indent=1))
+
+
+def parse(argv):
+    """-> (stage, Settings). What the command line does not give comes from the preset, and then from Settings."""
+    parser = HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
+    parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "eval", "all"], help="what to run")
+    parser.error = stop
+    preset = next((word.removeprefix("--preset=") if "=" in word else after for word, after in zip(argv, [*argv[1:], ""])
+                   if word.partition("=")[0] == "--preset"), "tiny")
+    parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
+    s, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return rest.stage, s
+
+
+def main(argv=None):
+    sys.path.append(os.getcwd())                                      # where a module:function may live
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()                       # one bar per stage is enough
+    stage, s = parse(sys.argv[1:] if argv is None else argv)
+    runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
+    with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False):
+        for one in runs:
+            for name in ([*STAGES, "eval"] if stage == "all" else [stage]):
+                run_stage(name, one)
+    if stage in ("eval", "all"):
+        from tools import report                                      # tables and figures; training does without
+        for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir]):
+            text = report.write(folder)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

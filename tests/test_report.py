@@ -1,0 +1,202 @@
+"""tools/report.py on small made-up run folders, with numbers worked by hand."""
+import ast
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.figure
+import pytest
+
+from tools import report
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"preset": "tiny", "eval_samples": 600, "eval_temperature": 0.01, "temperature": 0.7,
+            "judge": "toy_env:gold_judge"}
+
+
+def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settings):
+    """A finished run with these {method: win rate} on four prompts; PPO and DR-PO logged these scores, one an update."""
+    def figures(win_rate):
+        return {"win_rate": win_rate, "win_rate_ci95": [win_rate - 0.015, win_rate + 0.025],
+                "rm_score": 1.25, "rm_score_ci95": [1.0, 1.5], "kl": 2.5, "kl_ci95": [2.0, 3.0],
+                "rouge_l": 0.333, "rouge_l_ci95": [0.3, 0.366], "response_tokens": 9.5, "response_tokens_ci95": [9.0, 10.0],
+                "eos_rate": 0.75, "eos_rate_ci95": [0.5, 0.875]}
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps({
+        "methods": {name: figures(rate) for name, rate in win_rates.items()},
+        "rm": {"accuracy": accuracy, "accuracy_ci95": [accuracy - 0.03, accuracy + 0.03]},
+        "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0}, "sft": {"held_out_loss": 2.0, "rouge_l": 0.3},
+        "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings}}))
+    samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} |
+               {name: {"response": f"{name} says {i}", "win": 0.5, "rm_score": -1.5} for name in win_rates}
+               for i in range(4)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    keys = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2}
+    logs = {"sft": [{"loss": 3.0}], "rm": [{"accuracy": 0.6}], "dpo": [{"accuracy": 0.6}]}
+    logs |= {name: [{"score": value, **keys} for value in score] for name in ("ppo", "drpo")}
+    for stage in {"rm", *win_rates}:
+        (folder / stage).mkdir()
+        (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs[stage]))
+    return folder
+
+
+@pytest.fixture
+def no_figure(monkeypatch):
+    """Drawing takes longer than all the rest; other tests look at the figure."""
+    monkeypatch.setattr(report, "draw", lambda folders, path: None)
+
+
+@pytest.fixture
+def three_seeds(tmp_path):
+    for seed, sft, ppo, drpo, accuracy in [(1, 0.30, 0.1, 0.2, 0.6), (2, 0.29, 0.1, 0.4, 0.7), (10, 0.0, 0.4, 0.6, 0.8)]:
+        rates = {"sft": sft, "ppo": ppo, "drpo": drpo}
+        make_run(tmp_path / f"seed_{seed}", rates, seed, accuracy, score=(seed, 2 * seed, 0))
+    return tmp_path
+
+
+def row(text, name):
+    """The cells of the line of the terminal table that begins with this method."""
+    return next(line for line in text.splitlines() if line.startswith(name)).split()
+
+
+def test_single_run(tmp_path):
+    run = make_run(tmp_path / "run", {"drpo": 0.625, "sft": 0.125, "ppo": 0.5})  # in no good order
+    text = report.write(run)
+    assert [line.split()[0] for line in text.splitlines()[:4]] == ["method", "SFT", "PPO", "DR-PO"]  # no row for DPO
+    assert row(text, "DR-PO") == ["DR-PO", "0.625", "[0.610,", "0.650]", "1.25", "2.50", "0.333", "9.5", "0.75"]
+    assert "reward model accuracy: 0.700 [0.670, 0.730]" in text
+    assert "on 4 held-out prompts at sampling temperature 0.01; KL, in nats per response, at temperature 0.7" in text
+    assert "seconds: SFT 5, RM 7, DR-PO 30; in all 42" in text
+    assert "judge: toy_env:gold_judge\n" in text and "NOT independent" not in text
+
+    page = (run / "report.md").read_text(encoding="utf-8")
+    assert ("| DR-PO | 0.625 [0.610, 0.650] | 1.25 [1.00, 1.50] | 2.50 [2.00, 3.00] | 0.333 [0.300, 0.366] "
+            "| 9.5 [9.0, 10.0] | 0.75 [0.50, 0.88] |") in page
+    assert page.count("### Post") == 3 and "told 2" in page and "told 3" not in page
+    assert "    reference: told 0\n\n    SFT (win 0.5, RM score -1.50): sft says 0\n\n    PPO (" in page
+    assert "](curves.png)" in page and '"eval_temperature": 0.01' in page.partition("<details>")[2]
+    assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_reward_model_as_judge_is_called_not_independent(tmp_path, no_figure):
+    text = report.write(make_run(tmp_path / "run", {"sft": 0.1}, judge="rm"))
+    assert "judge: rm, the run's own reward model: NOT independent" in text
+
+
+def test_three_seeds(three_seeds, no_figure):
+    text = report.write(three_seeds)
+    # 0.2, 0.4, 0.6: std 0.2, and 4.303 * 0.2 / sqrt(3) = 0.497
+    assert row(text, "DR-PO")[1:8] == ["0.400", "±", "0.200", "(0.200-0.600)", "[-0.097,", "0.897]", "2/3"]
+    assert row(text, "SFT")[7] == "1/3"  # 0.30 counts, 0.29 does not
+    # paired by seed: 0.1, 0.3, 0.2, std 0.1, and 4.303 * 0.1 / sqrt(3) = 0.248
+    assert ("DR-PO minus PPO, paired by seed: +0.200, 95 % t-interval [-0.048, 0.448]; "
+            "seed 1: +0.100, seed 2: +0.300, seed 10: +0.200") in text
+    assert "reward model accuracy: 0.700 (0.600-0.800)" in text
+
+    page = (three_seeds / "report.md").read_text(encoding="utf-8")
+    assert "| 2 | 0.290 | 0.100 | 0.400 |\n| 10 | 0.000 | 0.400 | 0.600 |" in page
+    saved = json.loads((three_seeds / "report.json").read_text())
+    assert set(saved) == {"methods", "seeds", "rm", "settings"}
+    assert saved["seeds"] == [1, 2, 10] and saved["settings"] == SETTINGS
+    wins = saved["methods"]["drpo"]["win_rate"]
+    assert wins.pop("values") == [0.2, 0.4, 0.6]
+    assert wins == pytest.approx({"mean": 0.4, "std": 0.2, "min": 0.2, "max": 0.6, "n": 3})
+    assert saved["methods"]["ppo"]["kl"]["mean"] == 2.5 and saved["rm"]["accuracy"]["mean"] == pytest.approx(0.7)
+
+
+def test_seeds_again_after_the_first_report(three_seeds, no_figure):
+    first = report.write(three_seeds)
+    assert (three_seeds / "report.json").exists() and report.write(three_seeds) == first
+    make_run(three_seeds / "seed_11", {"sft": 0.0, "ppo": 0.0, "drpo": 0.8}, 11)
+    assert row(report.write(three_seeds), "DR-PO")[1] == "0.500"  # a new seed is taken in
+
+
+def test_a_method_that_one_seed_lacks(tmp_path, no_figure):
+    make_run(tmp_path / "seed_1", {"ppo": 0.1, "drpo": 0.5}, 1)
+    make_run(tmp_path / "seed_2", {"ppo": 0.3}, 2)
+    text = report.write(tmp_path)
+    assert row(text, "PPO")[1:4] == ["0.200", "±", "0.141"]
+    assert row(text, "DR-PO")[1:5] == ["0.500", "(0.500-0.500)", "-", "1/1"]  # one value: no spread
+    assert "paired by seed: +0.400, 95 % t-interval -; seed 1: +0.400\n" in text
+    assert "| 2 | 0.300 | - |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "report.json").read_text())["methods"]["drpo"]["win_rate"]["values"] == [0.5, None]
+
+
+def test_the_figure_draws_mean_and_band(three_seeds, monkeypatch):
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **kwargs: figures.append(figure))
+    report.write(three_seeds)
+    score = figures[0].axes[0]
+    assert [list(line.get_ydata()) for line in score.lines] == [pytest.approx([13 / 3, 26 / 3, 0])] * 2  # PPO and DR-PO
+    assert list(score.lines[0].get_xdata()) == [1, 2, 3]
+    band = score.collections[0].get_paths()[0].vertices.tolist()
+    assert [2, 2] in band and [2, 20] in band  # update 2: 2, 4 and 20
+    assert score.lines[0].get_color() == figures[0].axes[1].lines[0].get_color() != score.lines[1].get_color()
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["PPO", "DR-PO", "SFT", "reward model"]
+    assert not figures[0].axes[8].lines  # nobody ran DPO
+    assert "3 seeds" in figures[0].get_suptitle()
+
+
+def test_t_quantiles():
+    """The table against the integral of Student's density from 0 to t, by Simpson's rule: must be 0.475."""
+    for df, t in enumerate(report.T975, 1):
+        scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        density = [scale * (1 + (t * i / 1000) ** 2 / df) ** (-(df + 1) / 2) for i in range(1001)]
+        integral = (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2])) * t / 3000
+        assert integral == pytest.approx(0.475, abs=3e-5), df
+    many = report.spread([0.0, 1.0] * 50)
+    low, high = report.t_interval(many)  # 99 degrees: the last one
+    assert high - low == pytest.approx(2 * 2.042 * many["std"] / 10)
+
+
+def spoil(tmp_path, what):
+    """-> the folder of a run in which this is wrong."""
+    run = tmp_path / "run"
+    if what == "no folder":
+        return run
+    make_run(run, {"sft": 0.1})
+    if what == "broken log":
+        (run / "sft" / "metrics.jsonl").write_text('{"loss": 1.0}\n{"lo')
+    elif what == "broken report":
+        (run / "report.json").write_bytes(b"\xff{")
+    else:
+        (run / what).unlink()
+    return run
+
+
+@pytest.mark.parametrize("what, named", [("no folder", "drpo.py eval --run_dir"), ("report.json", "drpo.py eval --run_dir"),
+                                         ("samples.jsonl", "samples.jsonl"), ("broken report", "report.json: not JSON"),
+                                         ("broken log", "metrics.jsonl: not JSON")])
+def test_bad_folders_end_with_one_line(tmp_path, capsys, what, named):
+    with pytest.raises(SystemExit) as end:
+        report.main([str(spoil(tmp_path, what))])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and not out
+    assert err.count("\n") == 1 and err.startswith("report.py: error: ") and named in err and str(tmp_path) in err
+
+
+def test_no_folder_named_at_all(capsys):
+    with pytest.raises(SystemExit) as end:
+        report.main([])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "RUN_DIR" in err
+
+
+def test_command(tmp_path):
+    """The command of the README, on two folders of which the second does not exist: the first is reported all the same."""
+    run = make_run(tmp_path / "run", {"sft": 0.125})
+    command = [sys.executable, "-m", "tools.report", run, tmp_path / "none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and row(done.stdout, "SFT")[1] == "0.125" and (run / "curves.png").exists()
+    assert done.stderr.count("\n") == 1 and "none: no report.json" in done.stderr
+
+
+def test_it_imports_nothing_of_ours():
+    tree = ast.parse((ROOT / "tools" / "report.py").read_text(encoding="utf-8"))
+    def names(nodes):
+        return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} | {
+            node.module.partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert names(tree.body) <= sys.stdlib_module_names  # matplotlib only to draw
+    assert names(ast.walk(tree)) <= sys.stdlib_module_names | {"matplotlib"}
