@@ -15,7 +15,7 @@ Algorithm 1 of the paper, and where each line is:
     2       pi_1 = pi_SFT;  for t = 1..T:                                                  train_drpo, twin
     3         draw a response from D_TR and a step h of it                                 sample_reset_lengths
     4         reset to s_h (prompt + prefix), roll out pi_t to the end                     rollout
-    5         store the rolled-out steps h' >= h only: state, action, r, ln(pi_t/pi_SFT)   token_masks, penalised_rewards
+    5         store the steps h' >= h only: state, action, r, ln(pi_t/pi_SFT)              token_masks, penalised_rewards
     6         pi_{t+1} = PO(pi_t, D_on); here PO is PPO                                    gae, ppo_policy_loss, ppo_value_loss
 
 How one row stands in memory (Q = 6 columns of query, T = 6 of response, a reset of 2 tokens, EOS sampled at t = 4):
@@ -30,20 +30,18 @@ How one row stands in memory (Q = 6 columns of query, T = 6 of response, a reset
     rewards                                   0   0  -kl -kl -kl+score     `penalised_rewards`
     advantages                                0   0   A   A   A   0        `gae`, whitened over the mask
 
-Differences from the paper (P) and from the official code (C, github.com/Cornell-RL/drpo), each with its reason:
+Differences from the paper (P) and from the official code (C, github.com/Cornell-RL/drpo); README.md gives them all:
 
-    1  One mask, the sampled tokens up to EOS, in every term: policy and value loss, KL, whitening, statistics. Alg. 1 stores
-       just those. C masks the prefix in the policy loss only, and nothing after EOS (`--masking official` does that).
-    2  Prefix lengths are uniform on 1..n (n = tokens before EOS), as in C; `--reset_include_prompt` adds 0, as in P, Alg. 3.
-    3  The prefix is fed with the prompt, so a reset saves decoding steps; C forces it token by token. Same distribution.
-    4  A response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the very last place.
-    5  References score 0 on average, read at their EOS; C reads that bias at the wrong place in left-padded prompts.
-    6  Losses are means over all tokens of the minibatch whatever the micro-batch; C averages the means of micro-batches, and
-       divides PPO's by all 53 positions but DR-PO's by the free ones, so the two weigh the value loss differently.
-    7  Every random draw comes from a seed, the resets too, and depends on nothing but seed and update number; C's resets are
-       unseeded. The trained head of the critic is trained; under peft C's stays frozen.
-    8  Schedules are linear to zero, as P says; C uses cosine in SFT, RM and DPO. Log-probabilities are at the sampling
-       temperature, as in C. Query and response are tokenised apart, so that a reset falls on a token boundary.
+    1  one mask, the sampled tokens up to EOS, in every term: Alg. 1 stores just those. C masks the prefix in the policy loss
+       only, and nothing after EOS; `--masking official` does that
+    2  prefixes are of 1..n tokens, n without EOS, as in C; with `--reset_include_prompt` of 0..n, as in P, Alg. 3
+    3  the prefix is fed with the prompt: a reset saves decoding steps. C forces it token by token; same distribution
+    4  a response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the very last place
+    5  references score 0 on average, read at EOS. C reads that bias at the wrong place in left-padded prompts
+    6  losses are means over all tokens of the minibatch, for PPO and DR-PO alike. C averages means of micro-batches, over all
+       positions in PPO and the free ones in DR-PO, so that the two weigh the value loss differently
+    7  every draw depends on seed and update number alone, the resets too; C's resets are unseeded
+    8  the critic's head is trained (frozen in C, under peft); schedules are linear to 0 as in P (cosine in C)
 """
 import contextlib
 import copy
@@ -172,9 +170,9 @@ PRESETS = {
                response_length=128, preference_length=256),
     "tiny": dict(model="toy_env:tiny_pythia", tokenizer="toy_env:bpe_tokenizer", dataset="toy_env:gate",
                  preference_dataset="toy_env:gate_pairs", judge="toy_env:gold_judge", reset_to="chosen", dtype="float32",
-                 query_length=96, response_length=24, preference_length=24, lora_r=0, micro_batch=64, max_grad_norm=1.0,
+                 query_length=80, response_length=24, preference_length=32, lora_r=0, micro_batch=64, max_grad_norm=1.0,
                  sft_steps=600, sft_lr=3e-3, sft_batch_size=16, rm_steps=300, rm_lr=5e-4, rm_batch_size=16,
-                 updates=30, batch_size=32, lr=3e-4, beta=0.5, whiten_rewards=False, dpo_lr=3e-4,
+                 updates=30, batch_size=48, lr=5e-4, beta=0.5, cliprange_value=5.0, whiten_rewards=False, dpo_lr=3e-4,
                  eval_samples=500, eval_temperature=0.7),
 }
 REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000     # rows that the reward bias and the accuracy are measured on, at most
@@ -208,86 +206,33 @@ def call(function, **offered):
     return function(**{name: value for name, value in offered.items() if name in wanted})
 
 
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-def load_source(source, seed):
-    """-> (training rows, held-out rows) as the source has them: sequences of dicts.
-
-    A `module:function` is called with split="train" and "validation" and the seed. A folder or a Hub dataset is split as it
-    says. Where there is a train split only, as in a single file, its last tenth is held out."""
-    if function := resolve(source):
-        return [call(function, split=split, seed=seed) for split in ("train", "validation")]
-    import datasets                                                   # slow to import, and the tiny run does without
-    reader = READERS.get(Path(source.removesuffix(".gz")).suffix)
-    if reader and not Path(source).is_file():
-        stop(f"{source}: no such file")
-    try:
-        name, _, config = source.partition(":")
-        splits = datasets.load_dataset(reader, data_files=source) if reader else datasets.load_dataset(name, config or None)
-    except Exception as error:                                        # `datasets` has some twenty types for a bad source
-        stop(f"{source}: cannot be read: {error}")
-    held_out = [name for name in ("validation", "valid", "test", "valid1") if name in splits]
-    if "train" not in splits:
-        stop(f"{source}: has no split named train, only {', '.join(splits)}")
-    if held_out:
-        return splits["train"], splits[held_out[0]]
-    cut = len(splits["train"]) - max(1, len(splits["train"]) // 10)
-    return splits["train"].select(range(cut)), splits["train"].select(range(cut, len(splits["train"])))
-
-
-def read_row(row):
-    """A row of any known layout -> {prompt, reference} or {prompt, chosen, rejected[, batch]}; None where it has neither.
-
-    Told apart by their columns, not by the name of the dataset. Two dialogues that do not share a prompt get an empty one."""
-    def tldr(info):
-        return f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
-
-    has = row.keys().__ge__
-    if has({"info", "summaries", "choice"}):                          # openai/summarize_from_feedback and vwxyzjn's builds
-        article = row["info"].get("article")                          # CNN/DM rows have one instead of a post
-        texts, choice = [summary["text"] for summary in row["summaries"]], row["choice"]
-        return {"prompt": f"Article:\n{article}\n\nTL;DR:" if article else tldr(row["info"]),
-                "chosen": texts[choice], "rejected": texts[1 - choice], "batch": row.get("batch")}
-    if has({"prompt", "chosen", "rejected"}):                         # trl-lib/tldr-preference, CarperAI, Dahoas
-        return {name: row[name] for name in ("prompt", "chosen", "rejected")}
-    if has({"chosen", "rejected"}):                                   # Anthropic/hh-rlhf: two whole dialogues
-        (prompt, mark, chosen), (other, _, rejected) = [row[name].rpartition("\n\nAssistant:") for name in ("chosen", "rejected")]
-        return {"prompt": prompt + mark if prompt == other else "", "chosen": chosen, "rejected": rejected}
-    if has({"subreddit", "title", "post", "summary"}):                # vwxyzjn/ and cleanrl/...tldr_3_filtered...
-        return {"prompt": tldr(row), "reference": row["summary"]}
-    for prompt, reference in [("prompt", "reference"), ("prompt", "completion"), ("prompt", "label"), ("prompt", "response"),
-                              ("query", "reference_response")]:       # trl-lib/tldr, CarperAI, Dahoas; older cleanrl builds
-        if has({prompt, reference}):
-            return {"prompt": row[prompt], "reference": row[reference]}
-
-
 def load_rows(source, kind, seed):
-    """-> (training rows, held-out rows), lists of dicts of str; kind is "reference" or "pairs".
+    """-> (training rows, held-out rows): dicts with texts prompt and reference (kind "reference"), or prompt, chosen and
+    rejected ("pairs"). Of pairs asked for as references, the chosen response is the reference.
 
-    Pairs serve as references too: the chosen response is the reference. Rows that teach nothing (an empty text, chosen equal
-    to rejected, dialogues without a shared prompt) are dropped and counted. Exits with 2 where rows are not of this kind."""
-    result = []
-    for part, rows in zip(("training", "held-out"), load_source(source, seed)):
+    A module:function is called with split="train" and "validation" and the seed; tools/data.py reads everything else. Rows
+    that teach nothing (an empty text, chosen equal to rejected) are dropped and counted. Exits with 2 on any other kind."""
+    if function := resolve(source):
+        splits = [call(function, split=split, seed=seed) for split in ("train", "validation")]
+    else:
+        from tools import data
+        try:
+            splits = data.load(source)
+        except ValueError as error:
+            stop(error)
+    fields, result = ("prompt", "reference") if kind == "reference" else ("prompt", "chosen", "rejected"), []
+    for part, rows in zip(("training", "held-out"), splits):
         kept = []
-        for number, raw in enumerate(rows):
-            where = f"{source}: {part} row {number}"
-            try:
-                row = read_row(raw)
-            except (TypeError, AttributeError, KeyError, IndexError) as error:
-                stop(f"{where} cannot be read: {type(error).__name__}: {error}")
-            if row is None or (kind == "pairs" and "chosen" not in row):
-                stop(f"{where} has the columns {', '.join(raw)}; needed are "
-                     f"{'chosen and rejected' if kind == 'pairs' else 'prompt and reference, or another layout of the README'}")
-            batch = row.pop("batch", None)
-            if kind == "reference" and "chosen" in row:
-                row = {"prompt": row["prompt"], "reference": row["chosen"]}
-            for name, text in row.items():
-                if not isinstance(text, str):
-                    stop(f"{where}: {name} must be text, not {type(text).__name__}")
-            if all(map(str.strip, row.values())) and len(set(row.values())) == len(row):
-                # "TL;DR:" without a space: the response brings it. `batch` is the labelling batch, where a source tells it
-                kept.append({**row, "prompt": row["prompt"].rstrip(), "batch": batch})
+        for number, row in enumerate(rows):
+            row = {"reference": row["chosen"], **row} if "chosen" in row else row
+            for name in fields:
+                if not isinstance(row.get(name), str):
+                    stop(f"{source}: {part} row {number}: {name} must be text, not {type(row.get(name)).__name__} "
+                         f"(the row has {', '.join(row)})")
+            texts = {name: row[name].strip() for name in fields}
+            if all(texts.values()) and len(set(texts.values())) == len(fields):
+                # "TL;DR:" without a space after it: the response brings that. `batch` is the labellers', where it is told
+                kept.append({**texts, "prompt": row["prompt"].rstrip(), "batch": row.get("batch")})
         if len(kept) < len(rows):
             print(f"{source}: {len(rows) - len(kept)} of {len(rows)} {part} rows dropped (empty, equal, or no shared prompt)")
         if not kept:
@@ -659,16 +604,14 @@ def step(optimizer, s, where):
 
 def relevant(s, stage):
     """The settings that a stage's result depends on."""
-    return {f.name: getattr(s, f.name) for f in dataclasses.fields(s)
-            if f.metadata["help"][1:].partition("]")[0] in USES[stage]}
+    return {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.metadata["help"][1:].split("]")[0] in USES[stage]}
 
 
-def refuse_if_changed(old, s, stage):
-    """What was made with other settings is neither continued nor overwritten. old: a path to settings as JSON."""
-    old, new = json.loads(old.read_text())["settings"], relevant(s, stage)
+def refuse_if_changed(path, s, stage):
+    """What was made with other settings (as JSON in `path`) is neither continued nor overwritten."""
+    old, new, folder = json.loads(path.read_text())["settings"], relevant(s, stage), f"{s.run_dir}/{stage}"
     changed = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
     if changed:
-        folder = f"{s.run_dir}/{stage}"
         stop(f"{folder} was made with other settings ({'; '.join(changed)}): name another --run_dir, or delete {folder}")
 
 
@@ -738,7 +681,8 @@ def train_sft(s):
 
     held_out = held_out[:s.eval_samples]
     with torch.no_grad():
-        sums = [token_losses(part) for _, part in micro_batches(encode(held_out, ["reference"], s, tokenizer, s.response_length), s)]
+        batch = encode(held_out, ["reference"], s, tokenizer, s.response_length)
+        sums = [token_losses(part) for _, part in micro_batches(batch, s)]
     loss = sum(total.item() for total, _ in sums) / sum(count.item() for _, count in sums)
     rouge = mean_ci(rouge_l(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out))
     print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {rouge[0]:.3f}, on {len(held_out)} rows")
@@ -875,11 +819,11 @@ def train_drpo(s, stage="drpo"):
             for chunk, part in micro_batches(batch, s):
                 part_logprobs, _ = response_logprobs(policy, part, s.temperature)
                 part_values = apply_head(value_head, response_states(critic, part)[:, :-1])
-                pg_loss, _ = ppo_policy_loss(part_logprobs, logprobs[chunk], advantages[chunk], in_policy_loss[chunk], s.cliprange)
-                vf_loss, _ = ppo_value_loss(part_values, values[chunk], returns[chunk], in_rest[chunk], s.cliprange_value)
+                mask, rest = in_policy_loss[chunk], in_rest[chunk]
+                pg_loss, _ = ppo_policy_loss(part_logprobs, logprobs[chunk], advantages[chunk], mask, s.cliprange)
+                vf_loss, _ = ppo_value_loss(part_values, values[chunk], returns[chunk], rest, s.cliprange_value)
                 # a mean over some rows, times their share of the tokens: summed up, the mean over the whole batch
-                loss = (pg_loss * in_policy_loss[chunk].sum() / in_policy_loss.sum() +
-                        s.vf_coef * vf_loss * in_rest[chunk].sum() / in_rest.sum())
+                loss = pg_loss * mask.sum() / in_policy_loss.sum() + s.vf_coef * vf_loss * rest.sum() / in_rest.sum()
                 loss.backward()
                 new_logprobs[epoch, chunk], new_values[epoch, chunk] = part_logprobs.detach(), part_values.detach()
             drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
@@ -893,19 +837,23 @@ def train_drpo(s, stage="drpo"):
         pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, mask, s.cliprange)
         vf_loss, vf_clipfrac = ppo_value_loss(new_values, values, returns, rest, s.cliprange_value)
         drift = log_ratio(new_logprobs, logprobs, mask)
-        lengths, forced, seconds = batch["response_len"], int(reset_len.sum()), [b - a for a, b in zip(clock, clock[1:])]
+        lengths, forced = batch["response_len"], int(reset_len.sum())
+        seconds = [end - start for start, end in zip(clock, clock[1:])]
         prefix_share = reset_len / torch.tensor([len(ids) for ids in responses])
         figures = {
             "score": scores.mean(), "kl": log_ratios.sum(1).mean(), "non_score_reward": rewards.sum(1).mean() - scores.mean(),
-            "entropy": masked_mean(entropy, sampled), "loss": pg_loss + s.vf_coef * vf_loss, "pg_loss": pg_loss, "vf_loss": vf_loss,
-            "clipfrac": clipfrac, "vf_clipfrac": vf_clipfrac, "ratio": drift.exp()[mask].mean(), "ratio_var": drift.exp()[mask].var(),
-            "approx_kl": -drift[mask].mean(), "approx_kl3": (drift.exp() - 1 - drift)[mask].mean(),            # k1 and k3
+            "entropy": masked_mean(entropy, sampled), "loss": pg_loss + s.vf_coef * vf_loss, "pg_loss": pg_loss,
+            "vf_loss": vf_loss, "clipfrac": clipfrac, "vf_clipfrac": vf_clipfrac,
+            "ratio": drift.exp()[mask].mean(), "ratio_var": drift.exp()[mask].var(),
+            "approx_kl": -drift[mask].mean(), "approx_kl3": (drift.exp() - 1 - drift)[mask].mean(),  # k1 and k3
             "explained_variance": 1 - (returns - values)[in_rest].var() / returns[in_rest].var(),
             "advantage_mean": raw_advantages[in_rest].mean(), "advantage_std": raw_advantages[in_rest].std(),
             "eos_rate": has_eos.float().mean(), "response_tokens": lengths.float().mean(),
-            "reset_share": (reset_len > 0).float().mean(), "prefix_share": prefix_share[reset_len > 0].mean() if forced else 0.0,
-            "tokens_decoded": sum(map(len, responses)) - forced, "tokens_forced": forced, "tokens_per_second": lengths.sum() / sum(seconds),
-            "grad_norm": grad_norm, "seconds_rollout": seconds[0], "seconds_score": seconds[1], "seconds_update": seconds[2]}
+            "reset_share": (reset_len > 0).float().mean(),
+            "prefix_share": prefix_share[reset_len > 0].mean() if forced else 0.0,
+            "tokens_decoded": sum(map(len, responses)) - forced, "tokens_forced": forced, "grad_norm": grad_norm,
+            "tokens_per_second": lengths.sum() / sum(seconds),
+            "seconds_rollout": seconds[0], "seconds_score": seconds[1], "seconds_update": seconds[2]}
         metrics.update({name: float(value) for name, value in figures.items()})
     save_network(policy, tokenizer, Path(s.run_dir) / stage)
 
@@ -920,8 +868,7 @@ def first_update_checks(log_ratios, reset_len, reward, reward_head, references, 
     if not log_ratios.abs().max() < tolerance:
         stop("the reference is not the SFT model that the policy starts from", 3)
     with reward() as network:
-        some = [references[i] for i in torch.randperm(len(references), generator=generator(s.seed, "check"))[:256].tolist()]
-        scores = reference_scores(network, reward_head, some, s, tokenizer)
+        scores = reference_scores(network, reward_head, draw(references, 256, 0, s.seed, "check"), s, tokenizer)
     mean, error = scores.mean().item(), scores.std().item() / math.sqrt(len(scores))
     tqdm.write(f"check: SFT references score {mean:.2f} +- {error:.2f} (standard error); it should be 0")
     if not abs(mean) < 5 * error + tolerance:
@@ -979,8 +926,8 @@ def mean_ci(values, z=1.96):
 def load_judge(s, backbone, head, tokenizer):
     """-> judge(prompts, a, b) -> [P(a is preferred), ...], from lists of texts."""
     def by_reward(prompts, a, b):                                     # the run's own reward model: what was optimised
-        first, second = [reference_scores(backbone, head, [{"prompt": p, "reference": x} for p, x in zip(prompts, texts)], s, tokenizer)
-                         for texts in (a, b)]
+        rows = [[{"prompt": prompt, "reference": text} for prompt, text in zip(prompts, texts)] for texts in (a, b)]
+        first, second = [reference_scores(backbone, head, side, s, tokenizer) for side in rows]
         return ((torch.sign(first - second) + 1) / 2).tolist()
 
     if s.judge == "rm":
@@ -989,33 +936,37 @@ def load_judge(s, backbone, head, tokenizer):
 
 
 def evaluate(s):
-    """Every finished method of the run, on the same held-out prompts -> report.json and samples.jsonl."""
-    run = Path(s.run_dir)
-    results = {stage: json.loads((run / stage / "result.json").read_text()) for stage in USES if (run / stage / "result.json").exists()}
+    """Every finished method of the run, on the same held-out prompts -> samples.jsonl and report.json.
+
+    KL(pi || pi_SFT) is estimated on samples at the training temperature, the one at which the two were compared in training;
+    everything else is measured on samples at the evaluation temperature."""
+    run, methods = Path(s.run_dir), {}
+    results = {stage: json.loads(path.read_text()) for stage in USES if (path := run / stage / "result.json").exists()}
     rows = load_rows(s.dataset, "reference", s.seed)[1][:s.eval_samples]
-    tokenizer, sft, (backbone, head) = load_tokenizer(f"{run}/sft", s), load_network(f"{run}/sft", s), load_reward(f"{run}/rm", s)
-    prompts, references = [row["prompt"] for row in rows], [row["reference"].strip() for row in rows]
-    judge, methods = load_judge(s, backbone, head, tokenizer), {}
+    prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
+    tokenizer, sft = load_tokenizer(f"{run}/sft", s), load_network(f"{run}/sft", s)
+    backbone, head = load_reward(f"{run}/rm", s)
+    judge = load_judge(s, backbone, head, tokenizer)
     samples = [{"prompt": prompt, "reference": reference} for prompt, reference in zip(prompts, references)]
     for method in tqdm([name for name in ("sft", "dpo", "ppo", "drpo") if name in results], desc="eval", unit="method"):
         network = sft if method == "sft" else load_network(f"{run}/{method}", s)
         responses = sample(network, rows, s, tokenizer, s.eval_temperature)
+        tempered = responses if s.eval_temperature == s.temperature else sample(network, rows, s, tokenizer, s.temperature)
+        log_pi, log_sft = [per_row(lambda part: sequence_logprobs(net, part, s.temperature), rows, tempered, s, tokenizer)
+                           for net in (network, sft)]
         texts = decode(responses, tokenizer)
-        wins = judge(prompts, texts, references)
-        scores = per_row(lambda part: end_scores(backbone, head, part), rows, responses, s, tokenizer)
-        # KL(pi || pi_SFT) is estimated on samples of pi at the training temperature, where both were compared in training
-        drawn = responses if s.eval_temperature == s.temperature else sample(network, rows, s, tokenizer, s.temperature)
-        kl = per_row(lambda part: sequence_logprobs(network, part, s.temperature) - sequence_logprobs(sft, part, s.temperature),
-                     rows, drawn, s, tokenizer)
-        figures = {"win_rate": wilson(wins), "rm_score": mean_ci(scores), "kl": mean_ci(kl), "rouge_l": mean_ci(rouge_l(texts, rows)),
-                   "response_tokens": mean_ci([float(len(ids)) for ids in responses]),
-                   "eos_rate": wilson([float(ids[-1] == tokenizer.eos_token_id) for ids in responses])}
-        methods[method] = {key: part for name, (value, interval) in figures.items()
-                           for key, part in ((name, value), (f"{name}_ci95", interval))}
-        for row, *row[method] in zip(samples, texts, wins, scores.tolist(), kl.tolist()):
-            row[method] = dict(zip(("response", "win", "rm_score", "kl"), row[method]))
-    report = {"methods": methods, "rm": results["rm"], "sft": results["sft"],
-              "seconds": {stage: result.pop("seconds") for stage, result in results.items()}, "settings": dataclasses.asdict(s)}
+        columns = {"win_rate": judge(prompts, texts, references), "kl": (log_pi - log_sft).tolist(),
+                   "rm_score": per_row(lambda part: end_scores(backbone, head, part), rows, responses, s, tokenizer).tolist(),
+                   "rouge_l": rouge_l(texts, rows), "response_tokens": [float(len(ids)) for ids in responses],
+                   "eos_rate": [float(ids[-1] == tokenizer.eos_token_id) for ids in responses]}
+        methods[method] = {}
+        for name, values in columns.items():
+            value, interval = (wilson if name in ("win_rate", "eos_rate") else mean_ci)(values)
+            methods[method] |= {name: value, f"{name}_ci95": interval}
+        for row, text, *values in zip(samples, texts, *columns.values()):
+            row[method] = {"response": text, **dict(zip(columns, values))}
+    report = {"methods": methods, "rm": results["rm"], "sft": results["sft"], "settings": dataclasses.asdict(s),
+              "seconds": {stage: result.pop("seconds") for stage, result in results.items()}}
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     (run / "report.json").write_text(json.dumps(report, indent=1))
 
@@ -1068,10 +1019,8 @@ def main(argv=None):
             for name in ([*STAGES, "eval"] if stage == "all" else [stage]):
                 run_stage(name, one)
     if stage in ("eval", "all"):
-        from tools import report                                      # tables and figures; training does without
-        for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir]):
-            text = report.write(folder)
-        print(text)
+        from tools import report                                      # tables and figures
+        print([report.write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])
 
 
 if __name__ == "__main__":

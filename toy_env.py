@@ -39,7 +39,7 @@ def write_post(rng):
     feeling, wish = rng.choice(FEELINGS), rng.choice(WISHES)
     body = [rng.choice(["yesterday", "so", "last month", "well ,"]) + f" my {person} {deed} our {thing} .",
             rng.choice(["now i feel", "honestly i feel", "i really feel"]) + f" {feeling} .",
-            rng.choice(["all i want is", "i just want", "i think i want"]) + f" {wish} .", *rng.sample(DISTRACTORS, 2)]
+            rng.choice(["all i want is", "i just want", "i think i want"]) + f" {wish} .", rng.choice(DISTRACTORS)]
     rng.shuffle(body)
     title = rng.choice([f"my {person} {deed} our {thing}", f"i feel {feeling}", f"i want {wish}"])
     prompt = f"SUBREDDIT: r/{rng.choice(SUBREDDITS)}\n\nTITLE: {title}\n\nPOST: {' '.join(body)}\n\nTL;DR:"
@@ -61,24 +61,26 @@ def careful(rng, facts):
 
 
 def lazy(rng, facts):
-    """60 %: the clauses in order, stopping after each with probability 0.8. 40 %: one clause from the middle."""
+    """60 %: the clauses in order, stopping after each with probability 0.7. 40 %: one clause from the middle."""
     if rng.random() < 0.4:
         return [rng.choice(facts[1:])]
     clauses = careful(rng, facts)
-    kept = next((n for n in range(1, len(clauses)) if rng.random() < 0.8), len(clauses))
+    kept = next((n for n in range(1, len(clauses)) if rng.random() < 0.7), len(clauses))
     return clauses[:kept]
 
 
 def sloppy(rng, facts):
-    """A careful summary of some other post, in one, two or all of its facts."""
-    wrong = write_post(rng)[1]
+    """One thing wrong: facts of some other post, the question too early, or a clause said twice."""
+    clauses, wrong = careful(rng, facts), write_post(rng)[1]
     places = rng.sample(range(3), rng.randint(1, 3))
-    return [*(wrong[i] if i in places else fact for i, fact in enumerate(facts)), QUESTION]
+    return rng.choice([[wrong[i] if i in places else clause for i, clause in enumerate(clauses)],
+                       [*rng.sample(facts, rng.randint(0, 2)), QUESTION],
+                       clauses[:places[0] + 1] + clauses[places[0]:]])
 
 
 def mixed(rng, facts):
-    """The annotators of the preference data: 45 % careful, 40 % lazy, 15 % sloppy."""
-    return rng.choices([careful, lazy, sloppy], [0.45, 0.40, 0.15])[0](rng, facts)
+    """The annotators of the preference data: half of them careful, 30 % lazy, 20 % sloppy."""
+    return rng.choices([careful, lazy, sloppy], [0.5, 0.3, 0.2])[0](rng, facts)
 
 
 def gold_score(prompt, response):

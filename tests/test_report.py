@@ -30,7 +30,7 @@ def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settin
         "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0}, "sft": {"held_out_loss": 2.0, "rouge_l": 0.3},
         "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings}}))
     samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} |
-               {name: {"response": f"{name} says {i}", "win": 0.5, "rm_score": -1.5} for name in win_rates}
+               {name: {"response": f"{name} says {i}", "win_rate": 0.5, "rm_score": -1.5} for name in win_rates}
                for i in range(4)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     keys = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2}

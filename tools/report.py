@@ -111,7 +111,7 @@ def sample_posts(samples, methods):
         parts = [line for line in row["prompt"].splitlines() if line.strip()] + [f"reference: {row['reference']}"]
         for name in methods:
             said = row[name]
-            parts.append(f"{METHODS[name]} (win {said['win']:.2g}, RM score {said['rm_score']:.2f}): {said['response']}")
+            parts.append(f"{METHODS[name]} (win {said['win_rate']:.2g}, RM score {said['rm_score']:.2f}): {said['response']}")
         lines = [line for part in parts for line in [*textwrap.wrap(part, 110), ""]]
         blocks += [f"### Post {number}", "\n".join(f"    {line}".rstrip() for line in lines[:-1])]
     return blocks

@@ -1,0 +1,174 @@
+"""Rows and samples exactly as the model sees them: padding, masks, truncation, and where the reward lands.
+
+    python -m tools.show [--preset P] [settings of drpo.py] [--rows N]    the first rows and pairs that sft and rm train on
+    python -m tools.show --run DIR [settings of drpo.py] [--rows N]       the first rollouts of drpo, from a run that has sft/
+                                                                          and rm/ (its own policy rolls out once drpo/ is there)
+
+The settings of a run are read from its folder. All is done by the functions of drpo.py: what is wrong there shows here.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import drpo
+
+KEPT = {"pad": (1, 1), "query": (3, 3), "after EOS": (1, 0)}          # what a long run of these shows of its two ends
+
+
+def show(title, batch, row, reset_len, tokenizer, names, more):
+    """One line for each column of a row of the batch. names: of a token of the response, and of one after it. more: {title:
+    what else to show of each response position, or of each column; "." for an empty cell}."""
+    given, inside = drpo.inputs(batch), drpo.response_mask(batch)[row].tolist()
+    sampled, Q = drpo.token_masks(reset_len, batch["response_len"], len(inside))[0][row].tolist(), batch["query"].shape[1]
+    ids, attend, position = [given[name][row].tolist() for name in ("input_ids", "attention_mask", "position_ids")]
+    roles = ["query" if real else "pad" for real in batch["query_mask"][row].tolist()] + [
+        names[1] if not kept else "reset prefix" if not own else "EOS" if token == tokenizer.eos_token_id else names[0]
+        for token, kept, own in zip(ids[Q:], inside, sampled)]
+    more = {name: ["."] * (len(ids) - len(x)) + x for name, x in more.items()}
+    widths = [max(8, len(name) + 2) for name in more]
+    print(f"\n{title}\ncolumn    t      id  token               role          attend  position", end="")
+    print(*(f"{name:>{width}}" for name, width in zip(more, widths)), sep="")
+    for role, run in groupby(range(len(ids)), key=roles.__getitem__):
+        run = list(run)
+        first, last = KEPT.get(role, (len(run), 0))
+        hidden = run[first:len(run) - last] if len(run) > first + last + 1 else []
+        for i in run:
+            cells = [x[i] if not isinstance(x[i], float) else f"{round(x[i], 3) + 0:.3f}" for x in more.values()]
+            if hidden and i == hidden[0]:
+                print(f"           ... {len(hidden)} more {role} tokens ...")
+            if i not in hidden:
+                print(f"{i:6}{i - Q if i >= Q else '.':>5}{ids[i]:8}  {repr(tokenizer.decode(ids[i])):18.18}  {role:12}{attend[i]:8}"
+                      f"{position[i]:10}", *(f"{x:>{width}}" for x, width in zip(cells, widths)), sep="")
+
+
+def lengths(row, field, s, tokenizer, length):
+    """How long the texts of a row are, and what was cut."""
+    query, whole = [len(drpo.encode_query(row["prompt"], tokenizer, n)) for n in (s.query_length, 10 ** 9)]
+    response, uncut = [len(drpo.encode_response(row[field], tokenizer, n)) for n in (length, 10 ** 9)]
+    return (f"query {query} tokens{f', CUT from {whole}' * (query < whole)}; "
+            f"response {response} tokens{f', CUT from {uncut}: no EOS' if response < uncut else ' with EOS'}")
+
+
+def reward_columns(batch):
+    """Where drpo.end_scores reads, asked of it: with a network whose state in each column is the column's number. -> (B,)"""
+    def network(input_ids, **_):
+        return SimpleNamespace(last_hidden_state=torch.arange(input_ids.shape[1]).expand(input_ids.shape)[..., None])
+    head = SimpleNamespace(weight=torch.ones(1, 1), bias=0.0)
+    return drpo.end_scores(network, head, {name: x.cpu() for name, x in batch.items()}).tolist()
+
+
+def show_rows(s, count):
+    """What sft and rm see in their first update, micro-batch by micro-batch."""
+    tokenizer, as_is = drpo.load_tokenizer(s.tokenizer or s.model, s), ("response", "pad")
+    rows = drpo.draw(drpo.load_rows(s.dataset, "reference", s.seed)[0], s.sft_batch_size, 0, s.seed, "sft")
+    pairs = drpo.draw(drpo.load_rows(s.preference_dataset, "pairs", s.seed)[0], s.rm_batch_size, 0, s.seed, "rm")
+    print("attend: 0 where attention must not look (padding after the response needs no 0: no token before it can see it)\n"
+          "loss: 1 where sft learns to predict the token from those before it; reward: where the reward model is read")
+    batch = drpo.encode(rows, ["reference"], s, tokenizer, s.response_length)
+    places = {n: (i, part) for chunk, part in drpo.micro_batches(batch, s) for i, n in enumerate(chunk.tolist())}
+    for n in range(count):
+        i, part = places[n]
+        valid = torch.cat([part["query_mask"], drpo.response_mask(part)], 1)[i].int()
+        show(f"sft row {n}: {lengths(rows[n], 'reference', s, tokenizer, s.response_length)}", part, i,
+             0 * part["response_len"], tokenizer, as_is, {"loss": [0, *(valid[1:] * valid[:-1]).tolist()]})
+    size = max(1, s.micro_batch // 2)
+    for n in range(count):
+        part = pairs[n // size * size:][:size]
+        batch = drpo.encode(part, ["chosen", "rejected"], s, tokenizer, s.preference_length)
+        width = batch["query"].shape[1] + batch["response"].shape[1]
+        for field, i in (("chosen", n % size), ("rejected", n % size + len(part))):
+            marks = ["<-" if column == reward_columns(batch)[i] else "." for column in range(width)]
+            show(f"pair {n}, {field}: {lengths(pairs[n], field, s, tokenizer, s.preference_length)}", batch, i,
+                 0 * batch["response_len"], tokenizer, as_is, {"reward": marks})
+
+
+@torch.no_grad()
+def show_rollouts(s, count):
+    """The first rollouts of update 0, as in `drpo.train_drpo`: the same rows, resets and random numbers."""
+    run, T, full = Path(s.run_dir), s.response_length, not s.lora_r
+    rows = drpo.load_rows(s.dataset if s.reset_to == "reference" else s.preference_dataset, "reference", s.seed)[0]
+    tokenizer, trained = drpo.load_tokenizer(f"{run}/sft", s), (run / "drpo" / "result.json").exists()
+    sft, (backbone, head) = drpo.load_network(f"{run}/sft", s, full=full), drpo.load_reward(f"{run}/rm", s, full)
+    policy, eos = drpo.load_network(f"{run}/drpo", s, full=full) if trained else sft, tokenizer.eos_token_id
+    print(f"policy: {run}/{'drpo' if trained else 'sft, which RL starts from'}; beta {s.beta:g}, reset to {s.reset_to}, "
+          f"temperature {s.temperature:g}, kl_coef {s.kl_coef:g}\n"
+          "log pi, value: read one column to the left of the token; value: the critic as RL starts, which is the reward model\n"
+          f"KL: log pi - log pi_SFT where sampled; reward: -kl_coef KL{', before whitening' * s.whiten_rewards}, and the score")
+
+    episodes, rng = drpo.draw(rows, s.batch_size, 0, s.seed, "rl"), drpo.generator(s.seed, "rollout", 0)
+    queries = [drpo.encode_query(row["prompt"], tokenizer, s.query_length) for row in episodes]
+    prefixes = [[token for token in drpo.encode_response(row["reference"], tokenizer, T) if token != eos][:T - 1]
+                for row in episodes]
+    available = torch.tensor([len(ids) for ids in prefixes])
+    reset_len = drpo.sample_reset_lengths(available, s.beta, rng, s.reset_include_prompt)[:count]
+    prefixes, uniforms = [ids[:n] for ids, n in zip(prefixes, reset_len.tolist())], torch.rand(s.batch_size, T, generator=rng)
+    responses = drpo.rollout(policy, queries[:count], prefixes, uniforms[:count], tokenizer, s, s.temperature,
+                             stop_at_eos=s.masking == "sampled")
+    batch, reset_len = drpo.pack(queries[:count], responses, eos, s.device, width=T), reset_len.to(s.device)
+    has_eos = torch.tensor([eos in ids for ids in responses], device=s.device)
+    batch["response_len"] = torch.tensor([ids.index(eos) + 1 if eos in ids else T for ids in responses], device=s.device)
+    masks = drpo.token_masks(reset_len, batch["response_len"], T, s.masking)
+    logprobs, ref_logprobs = [drpo.response_logprobs(network, batch, s.temperature)[0] for network in (policy, sft)]
+    values = drpo.apply_head(head, drpo.response_states(backbone, batch)[:, :-1])
+    scores = torch.where(has_eos, drpo.end_scores(backbone, head, batch), s.missing_eos_score)
+    rewards = drpo.penalised_rewards(scores, logprobs, ref_logprobs, masks[0], s.kl_coef)
+    if s.masking == "official":                                       # the KL reward also outside of what was sampled
+        rewards += drpo.penalised_rewards(0 * scores, logprobs, ref_logprobs, ~masks[0], s.kl_coef)
+    kl = drpo.log_ratio(logprobs, ref_logprobs, masks[0])
+    for n, (start, end) in enumerate(zip(reset_len.tolist(), batch["response_len"].tolist())):
+        names, shown = (["mask"], end) if s.masking == "sampled" else (["mask", "policy", "rest"], T)
+        more = {name: mask[n].int().tolist() for name, mask in zip(names, masks)}
+        for name, x in {"log pi": logprobs, "log pi_SFT": ref_logprobs, "KL": kl, "value": values, "reward": rewards}.items():
+            more[name] = x[n, :shown].tolist() + ["."] * (T - shown)
+        show(f"rollout {n}: reset_len {start} of {available[n]}, response_len {end}, {end - start} sampled; "
+             f"{'ends with EOS' if has_eos[n] else 'NO EOS'}; score {scores[n]:.3f}, KL {kl[n].sum():.3f}",
+             batch, n, reset_len, tokenizer, ("sampled", "after EOS"), more)
+
+
+def recorded(run, given):
+    """The settings that a run was made with, as arguments. A preset, the likeliest where none is given, tells the rest."""
+    known = {}
+    for stage, path in {"": "report.json", "sft": "sft/result.json", "rm": "rm/result.json", "drpo": "drpo/result.json"}.items():
+        try:
+            known |= json.loads((run / path).read_text())["settings"]
+        except FileNotFoundError:
+            if stage in ("sft", "rm"):
+                drpo.stop(f"--run {run}: has no {path}; make it with: python drpo.py {stage} --run_dir {run}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            drpo.stop(f"{run}/{path}: cannot be read: {type(error).__name__}: {error}")
+    fields = {f.name: f.default for f in dataclasses.fields(drpo.Settings) if not f.metadata["help"].startswith("[run]")}
+    alike = {name: sum(known.get(key) == value for key, value in (fields | preset).items())
+             for name, preset in drpo.PRESETS.items()}
+    likeliest = [f"--preset={known.get('preset', max(alike, key=alike.get))}"]
+    return [*likeliest * all(word.partition("=")[0] != "--preset" for word in given), f"--run_dir={run}",
+            *(f"--{name}={known[name]}" for name in fields if name in known)]
+
+
+def main(argv=None):
+    sys.path.append(os.getcwd())                                      # where a module:function may live
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    parser = argparse.ArgumentParser(prog="python -m tools.show", allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", "--run_dir", type=Path, help="the folder of a run; without it, rows of the data are shown")
+    parser.add_argument("--rows", type=int, default=2, help="how many of each to show")
+    parser.error = drpo.stop
+    options, given = parser.parse_known_args(argv)
+    s = drpo.parse(["all", *(recorded(options.run, given) if options.run else []), *given])[1]
+    most = s.batch_size if options.run else min(s.sft_batch_size, s.rm_batch_size)
+    if not 1 <= options.rows <= most:
+        drpo.stop(f"--rows {options.rows}: must lie in [1, {most}], the rows of one update")
+    with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False):
+        (show_rollouts if options.run else show_rows)(s, options.rows)
+
+
+if __name__ == "__main__":
+    main()
