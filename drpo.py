@@ -56,7 +56,6 @@ import re
 import shutil
 import sys
 import time
-from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -162,6 +161,10 @@ class Settings:
         self.run_dir = self.run_dir or f"runs/{self.preset}" + "_seeds" * bool(self.seeds)
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:               # the latter: a torch without CUDA
+            stop(f"--device {self.device}: {error}")
 
 
 PRESETS = {
@@ -172,7 +175,8 @@ PRESETS = {
                  preference_dataset="toy_env:gate_pairs", judge="toy_env:gold_judge", reset_to="chosen", dtype="float32",
                  query_length=80, response_length=24, preference_length=32, lora_r=0, micro_batch=64, max_grad_norm=1.0,
                  sft_steps=600, sft_lr=3e-3, sft_batch_size=16, rm_steps=300, rm_lr=5e-4, rm_batch_size=16,
-                 updates=30, batch_size=48, lr=5e-4, beta=0.5, cliprange_value=5.0, whiten_rewards=False, dpo_lr=3e-4,
+                 updates=45, batch_size=48, epochs=2, lr=4e-4, beta=0.6, kl_coef=0.1, temperature=1.0, cliprange_value=5.0,
+                 whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48,
                  eval_samples=500, eval_temperature=0.7),
 }
 REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000     # rows that the reward bias and the accuracy are measured on, at most
@@ -195,9 +199,10 @@ def resolve(name):
         return None
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
         stop(f"{name}: {error}")
+    return found if callable(found) else stop(f"{name}: is not a function")
 
 
 def call(function, **offered):
@@ -224,6 +229,8 @@ def load_rows(source, kind, seed):
     for part, rows in zip(("training", "held-out"), splits):
         kept = []
         for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                stop(f"{source}: {part} row {number} must be a dict, not {type(row).__name__}")
             row = {"reference": row["chosen"], **row} if "chosen" in row else row
             for name in fields:
                 if not isinstance(row.get(name), str):
@@ -242,18 +249,15 @@ def load_rows(source, kind, seed):
 
 
 def encode_query(prompt, tokenizer, length):
-    """-> at most `length` token ids. A TL;DR post that is too long loses its last lines (or, within the first line, its last
-    characters) until it fits: OpenAI's rule, which keeps title and "TL;DR:". Any other prompt loses its beginning."""
+    """-> at most `length` token ids. A TL;DR post that is too long loses its last line, or where there is one line only its
+    last characters, again and again: OpenAI's rule, which keeps title and "TL;DR:". Any other prompt loses its beginning."""
     ids = tokenizer(prompt)["input_ids"]
     head, mark, tail = prompt.rpartition("\n\nTL;DR:")
-    before, label, post = head.partition("POST:" if "POST:" in head else "Article:")
-    if len(ids) > length and mark and label:
-        def cut(end):
-            return tokenizer(before + label + post[:end] + mark + tail)["input_ids"]
-        ends = [line.start() for line in re.finditer("\n", post)]
-        if not ends or len(cut(ends[0])) > length:
-            ends = range(len(post))
-        ids = cut(ends[max(0, bisect_right(ends, length, key=lambda end: len(cut(end))) - 1)])
+    before, label, post = head.partition("Article:" if head.startswith("Article:") else "\n\nPOST:")
+    while len(ids) > length and mark and label and post:
+        beyond = max(1, (len(ids) - length) // 4)                     # a character is at most four tokens, its bytes
+        post = post[:post.rindex("\n")] if "\n" in post else post[:-beyond]
+        ids = tokenizer(before + label + post + mark + tail)["input_ids"]
     return ids[-length:]
 
 
@@ -327,9 +331,11 @@ def load(loader, name, s, **kwargs):
 def load_tokenizer(name, s):
     """As `load`, or from a tokenizer.json. The tokenizer has an EOS, or a response could never end."""
     if name.endswith(".json") and Path(name).is_file():
-        return PreTrainedTokenizerFast(tokenizer_file=name, eos_token="<|endoftext|>")
-    tokenizer = load(AutoTokenizer, name, s)
-    if tokenizer.eos_token_id is None:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=name)
+        tokenizer.eos_token = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else None
+    else:
+        tokenizer = load(AutoTokenizer, name, s)
+    if getattr(tokenizer, "eos_token_id", None) is None:
         stop(f"--tokenizer {name}: has no end-of-text token")
     return tokenizer
 
@@ -337,7 +343,8 @@ def load_tokenizer(name, s):
 def load_network(name, s, cls=AutoModelForCausalLM, full=False, **kwargs):
     """A network of transformers, in eval mode on the device. Weights that will all be trained (`full`) are float32."""
     dtype = torch.float32 if full else getattr(torch, s.dtype)
-    return load(cls, name, s, dtype=dtype, **kwargs).to(s.device, dtype).eval()
+    network = load(cls, name, s, dtype=dtype, **kwargs)
+    return network.to(s.device, dtype).eval() if isinstance(network, nn.Module) else stop(f"--model {name}: gives no network")
 
 
 def load_reward(folder, s, full=False):
@@ -365,19 +372,20 @@ def save_network(network, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def add_lora(network, r):
+def add_lora(network, r, seed=0):
     """LoRA on the projections that peft chooses for this architecture (query_key_value in Pythia), as in the official code.
     B starts at 0, so a fresh adapter changes nothing; peft keeps adapters in float32 whatever the network is in."""
     from peft import LoraConfig, get_peft_model
+    torch.manual_seed(seed)                                           # A is drawn from the global generator
     return get_peft_model(network, LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, bias="none")).eval()
 
 
-def twin(network, lora_r):
+def twin(network, lora_r, seed=0):
     """-> (trained, frozen): the network as it will be trained, and a function that opens a context with it as it is now."""
     if not lora_r:
         original = copy.deepcopy(network).requires_grad_(False)
         return network, lambda: contextlib.nullcontext(original)
-    trained = add_lora(network, lora_r)
+    trained = add_lora(network, lora_r, seed)
 
     @contextlib.contextmanager
     def frozen():
@@ -654,7 +662,7 @@ def train_sft(s):
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})          # apart from EOS, in a spare row of the embedding
     network.config.pad_token_id = tokenizer.pad_token_id
     network.config.eos_token_id = network.generation_config.eos_token_id = tokenizer.eos_token_id
-    network = add_lora(network, s.supervised_lora_r) if s.supervised_lora_r else network
+    network = add_lora(network, s.supervised_lora_r, s.seed) if s.supervised_lora_r else network
     some = rows[:2000]
     cut = sum(len(encode_response(row["reference"], tokenizer, s.response_length + 1)) > s.response_length for row in some)
     print(f"sft: {len(rows)} rows, {len(held_out)} held out; {cut} of the first {len(some)} references are cut at "
@@ -708,7 +716,7 @@ def train_rm(s):
     d = model.score.in_features
     head = scalar_head(torch.randn(1, d, generator=generator(s.seed, "rm head")).to(s.device) / math.sqrt(d + 1))
     head.bias.requires_grad_(False)                                   # the loss sees differences only
-    backbone = add_lora(model.base_model, s.supervised_lora_r) if s.supervised_lora_r else model.base_model
+    backbone = add_lora(model.base_model, s.supervised_lora_r, s.seed) if s.supervised_lora_r else model.base_model
 
     def pair_loss(pairs):
         batch = encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length)
@@ -743,7 +751,7 @@ def train_dpo(s):
     """Direct preference optimisation, from the SFT network, on the pairs that the reward model was fitted on."""
     rows, _ = load_rows(s.preference_dataset, "pairs", s.seed)
     tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
-    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r)
+    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r, s.seed)
 
     def pair_loss(pairs):
         batch = encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length)
@@ -763,9 +771,9 @@ def train_drpo(s, stage="drpo"):
     references, _ = load_rows(s.dataset, "reference", s.seed)
     rows = references if s.reset_to == "reference" else load_rows(s.preference_dataset, "reference", s.seed)[0]
     tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
-    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r)
+    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r, s.seed)
     backbone, reward_head = load_reward(f"{s.run_dir}/rm", s, full=not s.lora_r)
-    critic, reward = twin(backbone, s.lora_r)                         # the critic starts as the reward model, head and all
+    critic, reward = twin(backbone, s.lora_r, s.seed)                 # the critic starts as the reward model, head and all
     value_head = copy.deepcopy(reward_head).requires_grad_(True)
     modules = nn.ModuleDict({"policy": policy, "critic": critic, "value_head": value_head})
     B, T, eos = s.batch_size, s.response_length, tokenizer.eos_token_id
@@ -990,7 +998,10 @@ def run_stage(stage, s):
     if result.exists():
         refuse_if_changed(result, s, stage)
         return print(f"{stage}: finished, and kept (delete {result.parent} to train it anew)")
-    result.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--run_dir {s.run_dir}: {error}")
     began = time.perf_counter()
     figures = STAGES[stage](s) or {}
     result.write_text(json.dumps({"seconds": time.perf_counter() - began, **figures, "settings": relevant(s, stage)}, indent=1))
@@ -1004,7 +1015,10 @@ def parse(argv):
     preset = next((word.removeprefix("--preset=") if "=" in word else after for word, after in zip(argv, [*argv[1:], ""])
                    if word.partition("=")[0] == "--preset"), "tiny")
     parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
-    s, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    try:
+        s, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:                                       # a word or a flag that nothing takes
+        stop(error)
     return rest.stage, s
 
 

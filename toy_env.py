@@ -70,17 +70,18 @@ def lazy(rng, facts):
 
 
 def sloppy(rng, facts):
-    """One thing wrong: facts of some other post, the question too early, or a clause said twice."""
+    """One thing wrong: facts of some other post, the question too early, or a clause twice, in place of another or on top."""
     clauses, wrong = careful(rng, facts), write_post(rng)[1]
-    places = rng.sample(range(3), rng.randint(1, 3))
+    places, (here, there) = rng.sample(range(3), rng.randint(1, 3)), rng.sample(range(3), 2)
     return rng.choice([[wrong[i] if i in places else clause for i, clause in enumerate(clauses)],
                        [*rng.sample(facts, rng.randint(0, 2)), QUESTION],
-                       clauses[:places[0] + 1] + clauses[places[0]:]])
+                       [clauses[here] if i == there else clause for i, clause in enumerate(clauses)],
+                       clauses[:here + 1] + clauses[here:]])
 
 
 def mixed(rng, facts):
-    """The annotators of the preference data: half of them careful, 30 % lazy, 20 % sloppy."""
-    return rng.choices([careful, lazy, sloppy], [0.5, 0.3, 0.2])[0](rng, facts)
+    """The annotators of the preference data: 45 % careful, 30 % lazy, 25 % sloppy."""
+    return rng.choices([careful, lazy, sloppy], [0.45, 0.3, 0.25])[0](rng, facts)
 
 
 def gold_score(prompt, response):
@@ -120,7 +121,7 @@ def posts(split, seed, annotate, size):
 
 
 def gate(split="train", seed=0):
-    """SFT data by lazy annotators: one reference in two hundred is full."""
+    """SFT data by lazy annotators: one reference in sixty is full."""
     return posts(split, seed, lazy, 6000 if split == "train" else 1000)
 
 

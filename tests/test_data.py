@@ -62,19 +62,22 @@ def plain(name, count=N):
 
 def tldr_filtered(i):
     """vwxyzjn/ and cleanrl/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_*"""
-    return {"id": f"t3_{i}", "subreddit": "advice", "title": f"title {i}", "post": f"first line {i}\n\nlast line", "summary": f"summary {i}",
-            "query_token": [7, 8], "query": "SUBREDDIT: cut", "reference_response": f" summary {i}{EOS}", "reference_response_token": [9, 0],
-            "reference_response_token_len": 2, "query_reference_response": "x", "query_reference_response_token": [7, 8, 9, 0],
-            "query_reference_response_token_response_label": [-100, -100, 9, 0], "query_reference_response_token_len": 4}
+    return {"id": f"t3_{i}", "subreddit": "advice", "title": f"title {i}", "post": f"first line {i}\n\nlast line",
+            "summary": f"summary {i}", "query_token": [7, 8], "query": "SUBREDDIT: cut", "reference_response": f" summary {i}{EOS}",
+            "reference_response_token": [9, 0], "reference_response_token_len": 2, "query_reference_response": "x",
+            "query_reference_response_token": [7, 8, 9, 0], "query_reference_response_token_response_label": [-100, -100, 9, 0],
+            "query_reference_response_token_len": 4}
 
 
 def comparison(i):
     """openai/summarize_from_feedback, comparisons; the last rows are CNN/DM articles"""
     article = i >= N - 6
     info = {"id": f"t3_{i}", "post": None if article else f"post {i}", "title": None if article else f"title {i}",
-            "subreddit": None if article else "advice", "site": "cnn" if article else None, "article": f"article {i}" if article else None}
-    return {"info": info, "summaries": [{"text": f" first {i}", "policy": "sup4", "note": None}, {"text": f" second {i}", "policy": "ref", "note": ""}],
-            "choice": i % 2, "worker": "w", "batch": f"batch{i % 3}", "split": "train", "extra": {"confidence": 5}}
+            "subreddit": None if article else "advice", "site": "cnn" if article else None,
+            "article": f"article {i}" if article else None}
+    summaries = [{"text": f" {text} {i}", "policy": policy, "note": None} for text, policy in (("first", "sup4"), ("second", "ref"))]
+    return {"info": info, "summaries": summaries, "choice": i % 2, "worker": "w", "batch": f"batch{i % 3}", "split": "train",
+            "extra": {"confidence": 5}}
 
 
 def preprocessed_comparison(i):
@@ -97,7 +100,7 @@ def older_comparison(i):
 
 def trl_pair(i):
     """trl-lib/tldr-preference, CarperAI/openai_summarize_comparisons"""
-    return {"prompt": f"SUBREDDIT: r/advice\n\nTITLE: title {i}\n\nPOST: post {i}\n\nTL;DR:", "chosen": f" good {i}", "rejected": f" bad {i}"}
+    return {"prompt": POST.format(i=i), "chosen": f" good {i}", "rejected": f" bad {i}"}
 
 
 def dialogue(i):
@@ -108,7 +111,8 @@ def dialogue(i):
 
 def dahoas(i):
     """Dahoas/full-hh-rlhf and static-hh"""
-    return {"prompt": f"\n\nHuman: question {i}\n\nAssistant:", "response": f" good {i}", "chosen": f" good {i}", "rejected": f" bad {i}"}
+    return {"prompt": f"\n\nHuman: question {i}\n\nAssistant:", "response": f" good {i}", "chosen": f" good {i}",
+            "rejected": f" bad {i}"}
 
 
 POST = "SUBREDDIT: r/advice\n\nTITLE: title {i}\n\nPOST: post {i}\n\nTL;DR:"
@@ -135,11 +139,14 @@ LAYOUTS = [                                                           # kind, fi
     ("pairs", "openai.jsonl", comparison, comparison_out),
     ("pairs", "vwxyzjn.parquet", preprocessed_comparison, comparison_out),
     ("pairs", "cleanrl_older.jsonl", older_comparison, comparison_out),
-    ("reference", "trl.csv", lambda i: {"prompt": POST.format(i=i), "completion": f" summary {i}"}, reference_out(POST, "summary {i}")),
-    ("reference", "carper.parquet", lambda i: {"prompt": POST.format(i=i), "label": f"summary {i}"}, reference_out(POST, "summary {i}")),
-    ("reference", "space.jsonl", lambda i: {"prompt": POST.format(i=i) + " \n", "label": f"summary {i}\n"}, reference_out(POST, "summary {i}")),
-    ("reference", "cleanrl_older.jsonl", lambda i: {"query": POST.format(i=i), "query_token": [7], "reference_response": f" summary {i}",
-                                                    "reference_response_token": [9, 0]}, reference_out(POST, "summary {i}")),
+    ("reference", "trl.csv", lambda i: {"prompt": POST.format(i=i), "completion": f" summary {i}"},
+     reference_out(POST, "summary {i}")),
+    ("reference", "carper.parquet", lambda i: {"prompt": POST.format(i=i), "label": f"summary {i}"},
+     reference_out(POST, "summary {i}")),
+    ("reference", "space.jsonl", lambda i: {"prompt": POST.format(i=i) + " \n", "label": f"summary {i}\n"},
+     reference_out(POST, "summary {i}")),
+    ("reference", "cleanrl_older.jsonl", lambda i: {"query": POST.format(i=i), "query_token": [7], "reference_response_token": [9, 0],
+                                                    "reference_response": f" summary {i}{EOS}"}, reference_out(POST, "summary {i}")),
     ("reference", "prompt_response.json", lambda i: {"prompt": f"p {i}", "response": f"r {i}"}, reference_out("p {i}", "r {i}")),
     ("reference", "own.csv", lambda i: {"prompt": f"p {i}", "reference": f"r {i}"}, reference_out("p {i}", "r {i}")),
     ("pairs", "trl_pairs.csv", trl_pair, pair_out(POST)),
@@ -259,7 +266,8 @@ def test_an_article_is_cut_by_the_same_rule(letters):
     assert encoded(prompt, letters, 20) == "Article:\none\n\nTL;DR:"
 
 
-@pytest.mark.parametrize("title, post", [("REPOST: again", " one\ntwo"), ("t", " see the POST: there\ntwo"), ("t", " one\n\nTL;DR: no\ntwo")])
+@pytest.mark.parametrize("title, post", [("REPOST: again", " one\ntwo"), ("t", " see the POST: there\ntwo"),
+                                         ("t", " one\n\nTL;DR: no\ntwo")])
 def test_marks_in_a_title_or_a_post_mislead_nobody(letters, title, post):
     head = HEAD.replace("TITLE: t", f"TITLE: {title}")
     assert encoded(head + post + TAIL, letters, len(head + post + TAIL) - 1) == head + post[:post.rindex("\n")] + TAIL
@@ -286,10 +294,9 @@ def openai_rule(prompt, tokenizer, length):
 
 
 def test_a_cut_is_that_of_the_official_loop_at_every_length(bpe):
-    rng = random.Random(0)
+    rng, words = random.Random(0), "so my sister broke our bike yesterday and i feel angry".split()
     for _ in range(2):
-        sentences = [sentence for _ in range(3) for sentence in toy_env.write_post(rng)[0].partition("POST: ")[2].split(" . ")[:3]]
-        post = "".join(sentence + rng.choice([" .", " .\n", " .\n\n"]) for sentence in sentences[:-1])
+        post = "".join(" ".join(rng.choices(words, k=6)) + rng.choice([" . ", " .\n", " .\n\n"]) for _ in range(8))
         prompt = f"SUBREDDIT: r/advice\n\nTITLE: i feel sad\n\nPOST: {post}the end\n\nTL;DR:"
         whole = len(bpe(prompt)["input_ids"])
         assert drpo.encode_query(prompt, bpe, whole) == bpe(prompt)["input_ids"]
@@ -327,18 +334,22 @@ def test_a_batch_of_pairs_is_all_chosen_then_all_rejected(letters):
     rows = [{"prompt": "abcdef", "chosen": "x", "rejected": "yy"}, {"prompt": "gh", "chosen": "zzz", "rejected": "w"}]
     batch = drpo.encode(rows, ["chosen", "rejected"], s, letters, 4)
     assert [letters.decode(ids[mask]) for ids, mask in zip(batch["query"], batch["query_mask"])] == ["cdef", "gh"] * 2
-    assert [letters.decode(ids[:n]) for ids, n in zip(batch["response"], batch["response_len"])] == [f" x{EOS}", " zzz", f" yy{EOS}", f" w{EOS}"]
+    responses = [letters.decode(ids[:n]) for ids, n in zip(batch["response"], batch["response_len"])]
+    assert responses == [f" x{EOS}", " zzz", f" yy{EOS}", f" w{EOS}"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input: exit status 2, and one line on stderr that names the culprit
 
-def few(split="train"):
-    return toy_env.posts(split, 0, toy_env.lazy, 6)
+SMALL = "--dataset test_data:few --sft_steps 1 --sft_batch_size 2 --eval_samples 2"
 
 
-def few_pairs(split="train", seed=0):
-    return [{"prompt": row["prompt"], "chosen": row["reference"], "rejected": "no ."} for row in few(split)]
+def few():
+    return plain("x", 6)
+
+
+def few_pairs():
+    return [{"prompt": row["prompt"], "chosen": row["reference"], "rejected": "no"} for row in few()]
 
 
 def no_rows():
@@ -353,8 +364,8 @@ def no_eos_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=toy_env.bpe_tokenizer().backend_tokenizer)
 
 
-def large_tokenizer(tokenizer=None):
-    tokenizer = tokenizer or toy_env.bpe_tokenizer()
+def large_tokenizer():
+    tokenizer = toy_env.bpe_tokenizer()
     tokenizer.add_tokens([f"extra{i}" for i in range(10)])
     return tokenizer
 
@@ -364,21 +375,18 @@ def shelf(tmp_path_factory):
     """A folder with everything that the bad commands point at."""
     shelf = tmp_path_factory.mktemp("shelf")
     good = plain("x")
-    files = {"good": good, "column": [{"prompt": "x", "text": "y"}] * N, "none": good[:7] + [{"prompt": "x", "reference": None}] + good[8:],
+    files = {"good": good, "column": [{"prompt": "x", "text": "y"}] * N,
+             "none": good[:7] + [{"prompt": "x", "reference": None}] + good[8:],
              "number": good[:7] + [{"prompt": "x", "reference": 7}] + good[8:], "list": [{"prompt": "x", "reference": ["y"]}] * N,
              "empty": [], "blank": [{"prompt": "x", "reference": " "}] * N, "one": good[:1], "half": good[:-2] + [{"prompt": "x"}] * 2,
              "choice": [{**comparison(0), "choice": 2}] * N, "notrain/validation": good}
     for name, rows in files.items():
         write(shelf / f"{name}.jsonl", rows)
-    write(shelf / "text.txt.jsonl", good)
     (shelf / "text.txt").write_text("one\n")
     (shelf / "head.csv").write_text("prompt,reference\n")
     (shelf / "broken.jsonl").write_text('{"prompt": "x", "reference": "y"}\n{"prompt": "x",\n')
     (shelf / "nothing").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["drpo.py"])
-        drpo.main(["sft", "--dataset", "test_data:few", "--sft_steps", "1", "--sft_batch_size", "2", "--eval_samples", "2",
-                   "--run_dir", str(shelf / "run")])
+    drpo.main(["sft", *SMALL.split(), "--run_dir", str(shelf / "run")])
     shutil.copytree(shelf / "run" / "sft", shelf / "twice" / "sft")   # an SFT folder given as the reward model
     shutil.copytree(shelf / "run" / "sft", shelf / "twice" / "rm")
     shutil.copytree(shelf / "run" / "sft", shelf / "unfinished" / "sft")
@@ -387,7 +395,6 @@ def shelf(tmp_path_factory):
     return shelf
 
 
-SMALL = "--dataset test_data:few --sft_steps 1 --sft_batch_size 2 --eval_samples 2"
 BAD = {                                                               # command -> words of its one line
     # the command line
     "nosuchstage": ["nosuchstage"],
@@ -442,7 +449,7 @@ BAD = {                                                               # command 
     f"sft {SMALL} --tokenizer test_data:few": ["--tokenizer", "test_data:few"],
     f"sft {SMALL} --tokenizer test_data:no_eos_tokenizer": ["--tokenizer", "no_eos_tokenizer", "end-of-text"],
     f"sft {SMALL} --tokenizer {{shelf}}/no_eos.json": ["--tokenizer", "no_eos.json", "end-of-text"],
-    f"sft {SMALL} --tokenizer test_data:large_tokenizer": ["607", "600", "--model"],
+    f"sft {SMALL} --tokenizer test_data:large_tokenizer": ["--tokenizer", "--model", "600"],
     # stages
     "rm --run_dir {shelf}/nowhere": ["rm needs", "nowhere/sft", "drpo.py sft"],
     "drpo --run_dir {shelf}/run": ["drpo needs", "run/rm", "drpo.py rm"],

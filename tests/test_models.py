@@ -1,5 +1,5 @@
-"""Sections 2, 3, 5 and 6 of drpo.py on networks of two layers with random weights: batches, log-probabilities, scores, rollouts,
-the frozen twins, and whole updates of every stage from a tiny run folder.
+"""Sections 2, 3, 5 and 6 of drpo.py on networks of two layers with random weights: batches, log-probabilities, scores, the
+frozen twins, rollouts, and whole updates of every stage from a tiny run folder.
 
 What is expected comes from plain transformers, one row at a time and without padding, or from a slow loop. Weights are drawn
 large, so that distributions are far from uniform, and the end-of-text token is neither 0 nor the padding token."""
@@ -32,8 +32,9 @@ T = 8                                                                 # tokens o
 def tiny(Config, Model, seed, **kwargs):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Model(Config(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3,
-                            max_position_embeddings=64, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, **kwargs)).eval()
+        return Model(Config(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                            max_position_embeddings=64, initializer_range=0.3, bos_token_id=EOS, eos_token_id=EOS,
+                            pad_token_id=PAD, **kwargs)).eval()
 
 
 def gpt_neox(seed=0):
@@ -47,6 +48,12 @@ def llama(seed=0):
 def gpt2(seed=0):
     """Learned absolute positions: with rotary ones, positions that are off by a constant would go unseen."""
     return tiny(GPT2Config, GPT2LMHeadModel, seed)
+
+
+def forgetful(seed=0):
+    """Drops out half of everything, and is handed over in train mode."""
+    network = tiny(GPTNeoXConfig, GPTNeoXForCausalLM, seed, intermediate_size=64, hidden_dropout=0.5, attention_dropout=0.5)
+    return network.train()
 
 
 def tokenizer():
@@ -81,12 +88,15 @@ def other_pairs(split, seed):
 
 
 def settings(run_dir="unused", **changes):
+    """Whatever the presets say: all that bears on these runs is given."""
     here = {name: f"{__name__}:{function}" for name, function in [
         ("model", "gpt_neox"), ("tokenizer", "tokenizer"), ("dataset", "rows"), ("preference_dataset", "pairs")]}
     given = {"run_dir": run_dir, "device": "cpu", **here, "query_length": 8, "response_length": T, "preference_length": 10,
              "reset_to": "reference", "micro_batch": 8, "sft_steps": 3, "sft_lr": 1e-2, "sft_batch_size": 8, "rm_steps": 3,
-             "rm_lr": 3e-3, "rm_batch_size": 8, "updates": 1, "batch_size": 8, "epochs": 2, "lr": 3e-3, "dpo_lr": 3e-3,
-             "dpo_batch_size": 8, "save_every": 1, "eval_samples": 16, **changes}
+             "rm_lr": 3e-3, "rm_batch_size": 8, "supervised_lora_r": 0, "lora_r": 0, "updates": 1, "batch_size": 8, "epochs": 2,
+             "lr": 3e-3, "beta": 0.5, "temperature": 0.7, "kl_coef": 0.05, "cliprange_value": 0.2, "whiten_rewards": False,
+             "missing_eos_score": -1.0, "dpo_lr": 3e-3, "dpo_beta": 0.05, "dpo_batch_size": 8,
+             "max_grad_norm": 1.0, "dtype": "float32", "save_every": 1, "eval_samples": 16, "eval_temperature": 0.7, **changes}
     return drpo.parse([f"--{name}={value}" for name, value in given.items()])[1]
 
 
@@ -104,17 +114,18 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(folder, lora_r=4, ...) -> Settings of a run in `folder` whose SFT and reward model are done, in three steps each."""
+    """start(folder, stage, lora_r=4, ...) -> Settings of a run in `folder`, ready for that stage: SFT and reward model, where
+    it needs them, have been trained for three steps each."""
     made = {}
 
-    def start(folder, needs=("sft", "rm"), **changes):
+    def start(folder, stage="drpo", **changes):
         model = changes.get("model", settings().model)
         if model not in made:
             made[model] = tmp_path_factory.mktemp("run")
-            for stage in ("sft", "rm"):
-                drpo.run_stage(stage, settings(made[model], model=model))
-        for stage in needs:
-            shutil.copytree(made[model] / stage, Path(folder) / stage)
+            for needed in ("sft", "rm"):
+                drpo.run_stage(needed, settings(made[model], model=model))
+        for needed in {"sft": (), "rm": ("sft",)}.get(stage, ("sft", "rm")):
+            shutil.copytree(made[model] / needed, Path(folder) / needed)
         return settings(folder, **changes)
     return start
 
@@ -282,7 +293,7 @@ def test_logprobs_would_show_a_forgotten_attention_mask(make, monkeypatch):
     network, (queries, responses, batch) = make(), ragged()
     right, _ = drpo.response_logprobs(network, batch)
     original = drpo.inputs
-    monkeypatch.setattr(drpo, "inputs", lambda batch: {**original(batch), "attention_mask": torch.ones(6, 16, dtype=torch.long)})
+    monkeypatch.setattr(drpo, "inputs", lambda batch: {**original(batch), "attention_mask": torch.ones(6, 16).long()})
     wrong, _ = drpo.response_logprobs(network, batch)
     gaps = torch.where(drpo.response_mask(batch), (right - wrong).abs(), 0.0).amax(1)
     padded = ~batch["query_mask"].all(1)
@@ -291,14 +302,14 @@ def test_logprobs_would_show_a_forgotten_attention_mask(make, monkeypatch):
 
 @torch.no_grad()
 def test_what_stands_in_the_padding_never_matters():
-    network, (_, _, batch) = gpt_neox(), ragged()
+    network, head, (_, _, batch) = gpt_neox(), drpo.scalar_head(torch.ones(1, 32)), ragged()
     noise = torch.randint(VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
     other = {**batch, "query": torch.where(batch["query_mask"], batch["query"], noise[:, :9]),
              "response": torch.where(drpo.response_mask(batch), batch["response"], noise[:, 9:])}
     assert not torch.equal(batch["query"], other["query"]) and not torch.equal(batch["response"], other["response"])
-    for function in (drpo.sequence_logprobs, lambda network, batch: drpo.response_states(network.base_model, batch).sum(-1)[
-            torch.arange(6), batch["response_len"]]):
-        torch.testing.assert_close(function(network, batch), function(network, other), rtol=0, atol=1e-5)
+    for result in (lambda batch: drpo.sequence_logprobs(network, batch),
+                   lambda batch: drpo.end_scores(network.base_model, head, batch)):
+        torch.testing.assert_close(result(batch), result(other), rtol=0, atol=2e-5)
 
 
 @every_network
@@ -367,11 +378,21 @@ def test_the_reward_stays_while_the_critic_trains(start, tmp_path, lora_r):
 
     with torch.no_grad(), reward() as network:
         before = drpo.end_scores(network, reward_head, batch)
-        assert torch.equal(values()[torch.arange(6), batch["response_len"]], before)             # the critic starts as the reward
+        assert torch.equal(values()[torch.arange(6), batch["response_len"]], before)             # the critic starts as it
     train_a_little([*critic.parameters(), *value_head.parameters()], lambda: (values() - 5.0).pow(2).mean())
     with torch.no_grad(), reward() as network:
         assert torch.equal(drpo.end_scores(network, reward_head, batch), before)
     assert (values()[torch.arange(6), batch["response_len"]] - before).abs().min() > 0.1
+
+
+@with_and_without_lora
+@torch.no_grad()
+def test_dropout_is_off_whatever_mode_a_network_comes_in(lora_r):
+    _, _, batch = ragged()
+    dropping = forgetful()
+    assert not torch.equal(*(drpo.response_logprobs(dropping, batch)[0] for _ in range(2)))
+    policy, _ = drpo.twin(drpo.load_network(f"{__name__}:forgetful", settings()), lora_r)
+    assert torch.equal(*(drpo.response_logprobs(policy, batch)[0] for _ in range(2)))
 
 
 def test_a_fresh_adapter_leaves_everything_else_frozen():
@@ -384,7 +405,7 @@ def test_a_fresh_adapter_leaves_everything_else_frozen():
 # Rollouts (section 5)
 
 def slow_rollout(network, query, prefix, uniforms, temperature, stop_at_eos=True):
-    """One row, the whole forward pass anew for each token: the first token whose cumulative probability exceeds the uniform."""
+    """One row, the whole forward pass anew for each token: the first whose cumulative probability exceeds the uniform."""
     ids = list(prefix)
     while len(ids) < len(uniforms) and not (stop_at_eos and EOS in ids[len(prefix):]):
         cdf = (logits_of(network, query + ids)[-1] / temperature).softmax(-1).cumsum(-1)
@@ -393,12 +414,12 @@ def slow_rollout(network, query, prefix, uniforms, temperature, stop_at_eos=True
 
 
 def roll(network, queries, prefixes, uniforms, temperature=0.7, micro_batch=4, **kwargs):
-    return drpo.rollout(network, queries, prefixes, uniforms, SimpleNamespace(eos_token_id=EOS), settings(micro_batch=micro_batch),
-                        temperature, **kwargs)
+    words = SimpleNamespace(eos_token_id=EOS)
+    return drpo.rollout(network, queries, prefixes, uniforms, words, settings(micro_batch=micro_batch), temperature, **kwargs)
 
 
 def likely_eos(network):
-    """The same network, for which EOS comes up often: its row of the output matrix is that of a likely token, and a bit more."""
+    """The same network, in which EOS comes up often: its row of the output matrix is that of a likely token, and more."""
     with torch.no_grad():
         states = network.base_model(torch.tensor(token_lists(7, 20))).last_hidden_state[0]
         weight = network.get_output_embeddings().weight
@@ -557,7 +578,7 @@ def test_nan_outside_the_mask_does_not_reach_the_networks_gradient():
 # The stages (section 6): what they optimise
 
 def test_the_sft_loss_is_the_mean_cross_entropy_of_all_tokens_of_single_rows(start, tmp_path):
-    _, metrics = run("sft", start(tmp_path, needs=(), sft_steps=1, micro_batch=3))
+    _, metrics = run("sft", start(tmp_path, "sft", sft_steps=1, micro_batch=3))
     network, words, losses = gpt_neox(0), tokenizer(), []
     for row in drpo.draw(rows("train", 0), 8, 0, 0, "sft"):
         ids = words(row["prompt"])["input_ids"][-8:] + drpo.encode_response(row["reference"], words, T)
@@ -568,7 +589,7 @@ def test_the_sft_loss_is_the_mean_cross_entropy_of_all_tokens_of_single_rows(sta
 @pytest.fixture(scope="module")
 def marked_run(start, tmp_path_factory):
     """A run whose reward model has seen forty steps of pairs in which the chosen response says "good"."""
-    s = start(tmp_path_factory.mktemp("marked"), needs=("sft",), rm_steps=40)
+    s = start(tmp_path_factory.mktemp("marked"), "rm", rm_steps=40)
     drpo.run_stage("rm", s)
     return s
 
@@ -578,19 +599,34 @@ def test_the_reward_model_separates_separable_pairs(marked_run):
     assert result["accuracy"] > 0.9
     low, high = result["accuracy_ci95"]
     assert low < result["accuracy"] <= high
+    words, reward = tokenizer(), AutoModelForSequenceClassification.from_pretrained(f"{marked_run.run_dir}/rm").eval()
+    for row in pairs("validation", 0)[:10]:                           # and with transformers alone it is the chosen that wins
+        chosen, rejected = [logits_of(reward, words(f"{row['prompt']} {row[name]} <|endoftext|>")["input_ids"])
+                            for name in ("chosen", "rejected")]
+        assert chosen > rejected
 
 
 def test_dpo_starts_at_log_2_and_learns_separable_pairs(start, tmp_path):
-    _, metrics = run("dpo", start(tmp_path, updates=30, dpo_beta=0.3))
+    _, metrics = run("dpo", start(tmp_path, "dpo", updates=30, dpo_beta=0.3))
     assert metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and metrics[0]["accuracy"] == 0.0
     assert min(line["accuracy"] for line in metrics[-5:]) >= 0.75
     assert metrics[-1]["loss"] < 0.4
+    words, dpo, sft = tokenizer(), *(AutoModelForCausalLM.from_pretrained(tmp_path / stage) for stage in ("dpo", "sft"))
+
+    def preference(network, row):
+        query, *responses = [words(row[name])["input_ids"] for name in ("prompt", "chosen", "rejected")]
+        chosen, rejected = [plain_logprobs(network, query, [*response, EOS], 1.0)[1].sum() for response in responses]
+        return chosen - rejected
+    moved = torch.stack([preference(dpo, row) - preference(sft, row) for row in pairs("validation", 0)[:10]])
+    assert moved.mean() > 1.0 and (moved > 0).float().mean() >= 0.8
 
 
 @pytest.mark.parametrize("stage", ["drpo", "ppo"])
 def test_policy_optimisation_raises_the_score_that_it_maximises(marked_run, tmp_path, stage):
+    """Mostly by learning to end its responses, as one that does not end scores -3."""
     shutil.copytree(marked_run.run_dir, tmp_path, dirs_exist_ok=True)
-    _, metrics = run(stage, settings(tmp_path, updates=12, batch_size=32, micro_batch=32, missing_eos_score=-3.0, kl_coef=0.01))
+    s = settings(tmp_path, updates=12, batch_size=32, micro_batch=32, missing_eos_score=-3.0, kl_coef=0.01)
+    _, metrics = run(stage, s)
     first, last = [sum(line["score"] for line in lines) / 3 for lines in (metrics[:3], metrics[-3:])]
     assert last > first + 0.5
     assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-5) and metrics[-1]["kl"] > 0.1
@@ -598,7 +634,8 @@ def test_policy_optimisation_raises_the_score_that_it_maximises(marked_run, tmp_
 
 @pytest.mark.parametrize("masking", ["sampled", "official"])
 def test_the_score_lands_on_eos_wherever_it_stands_and_no_eos_costs_the_penalty(start, tmp_path, monkeypatch, masking):
-    """EOS early; EOS as the very last token, where there is no padding; no EOS. On the first update the KL is 0."""
+    """EOS early; EOS as the very last token, where there is no padding; no EOS. On the first update the KL is 0, and the
+    critic is the reward model, read at the state before each token."""
     s = start(tmp_path, batch_size=3, masking=masking, missing_eos_score=-7.0)
     responses = [[10, 11, EOS], [12, 13, 14, 15, 16, 17, 18, EOS], [19, 20, 21, 22, 23, 24, 25, 26]]
     after_eos = [[30, EOS, 31, 32, 33], [], []] if masking == "official" else [[], [], []]       # C decodes on after EOS
@@ -606,16 +643,18 @@ def test_the_score_lands_on_eos_wherever_it_stands_and_no_eos_costs_the_penalty(
     monkeypatch.setattr(drpo, "rollout", lambda *_, **__: [ids + rest for ids, rest in zip(responses, after_eos)])
     monkeypatch.setattr(drpo, "sample_reset_lengths", lambda *_: reset_len)
     gae = drpo.gae
-    monkeypatch.setattr(drpo, "gae", lambda rewards, values, mask, *rest: seen.append((rewards, mask)) or
-                        gae(rewards, values, mask, *rest))
+    monkeypatch.setattr(drpo, "gae", lambda *args: seen.append(args[:3]) or gae(*args))
     _, metrics = run("drpo", s)
 
     reward, words = AutoModelForSequenceClassification.from_pretrained(f"{tmp_path}/rm").eval(), tokenizer()
-    scores = []
-    for row, ids in zip(drpo.draw(rows("train", 0), 3, 0, 0, "rl"), responses):
-        logit = logits_of(reward, words(row["prompt"])["input_ids"][-8:] + ids).item()
-        scores.append(logit - reward.config.reward_bias if EOS in ids else -7.0)
-    [(rewards, mask)] = seen
+    [(rewards, values, mask)], scores = seen, []
+    for i, (row, ids) in enumerate(zip(drpo.draw(rows("train", 0), 3, 0, 0, "rl"), responses)):
+        query = words(row["prompt"])["input_ids"][-8:]
+        with torch.no_grad():
+            states = reward.base_model(torch.tensor([query + ids])).last_hidden_state[0]
+            every = reward.score(states)[:, 0] - reward.config.reward_bias
+        torch.testing.assert_close(values[i, :len(ids)], every[len(query) - 1:-1], rtol=0, atol=1e-5)
+        scores.append(every[-1].item() if EOS in ids else -7.0)
     wanted = torch.zeros(3, T)
     wanted[0, 2], wanted[1, 7], wanted[2, 7] = torch.tensor(scores)
     torch.testing.assert_close(rewards, wanted, rtol=0, atol=1e-5)
@@ -625,11 +664,25 @@ def test_the_score_lands_on_eos_wherever_it_stands_and_no_eos_costs_the_penalty(
     assert metrics[0]["eos_rate"] == pytest.approx(2 / 3) and metrics[0]["response_tokens"] == pytest.approx(19 / 3)
 
 
+@with_and_without_lora
+def test_the_first_pass_over_a_batch_meets_the_policy_and_the_values_that_it_was_collected_with(start, tmp_path, lora_r):
+    _, [line] = run("drpo", start(tmp_path, lora_r=lora_r, epochs=1, temperature=0.6))
+    assert line["ratio"] == pytest.approx(1.0, abs=1e-5)
+    for name in ("kl", "approx_kl", "approx_kl3", "clipfrac", "vf_clipfrac", "pg_loss"):         # whitened, A is 0 on average
+        assert line[name] == pytest.approx(0.0, abs=1e-4), name
+    n = line["tokens_decoded"]                                        # V - R is -A
+    mean_square = line["advantage_std"] ** 2 * (n - 1) / n + line["advantage_mean"] ** 2
+    assert line["vf_loss"] == pytest.approx(0.5 * mean_square, rel=1e-4)
+
+
 @pytest.mark.parametrize("reset_to", ["reference", "chosen"])
 def test_rollouts_start_with_a_prefix_of_the_response_that_is_reset_to(start, tmp_path, monkeypatch, reset_to):
     s, calls, original = start(tmp_path, beta=1.0, reset_to=reset_to), [], drpo.rollout
-    monkeypatch.setattr(drpo, "rollout", lambda policy, queries, prefixes, *rest, **kwargs: calls.append((queries, prefixes)) or
-                        original(policy, queries, prefixes, *rest, **kwargs))
+
+    def recorded(policy, queries, prefixes, *rest, **kwargs):
+        calls.append((queries, prefixes))
+        return original(policy, queries, prefixes, *rest, **kwargs)
+    monkeypatch.setattr(drpo, "rollout", recorded)
     _, metrics = run("drpo", s)
     words, source = tokenizer(), rows("train", 0) if reset_to == "reference" else pairs("train", 0)
     responses = {}
@@ -650,15 +703,15 @@ def test_micro_batch_changes_neither_gradient_nor_weights_nor_metrics(start, tmp
     gradients, original = [], drpo.step
 
     def recorded(optimizer, s, where):
-        gradients.append({str(i): p.grad.clone() for i, p in enumerate(optimizer.param_groups[0]["params"]) if p.grad is not None})
+        params = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        gradients.append({i: p.grad.clone() for i, p in enumerate(params)})
         return original(optimizer, s, where)
     monkeypatch.setattr(drpo, "step", recorded)
 
     def once(micro_batch):
         gradients.clear()
-        s = start(tmp_path / str(micro_batch), needs={"sft": (), "rm": ("sft",)}.get(stage, ("sft", "rm")),
-                  micro_batch=micro_batch, sft_steps=1, sft_lr=3e-3, rm_steps=1, rm_batch_size=7, dpo_batch_size=7,
-                  whiten_rewards=True)
+        s = start(tmp_path / str(micro_batch), stage, micro_batch=micro_batch, sft_steps=1, sft_lr=3e-3, rm_steps=1,
+                  rm_batch_size=7, dpo_batch_size=7, whiten_rewards=True)          # 7 pairs: 4 and 3, or one by one
         weights, [metrics] = run(stage, s)
         return gradients[0], weights, metrics
 
@@ -681,6 +734,16 @@ def test_beta_0_is_ppo_bit_for_bit(start, tmp_path, lora_r):
     assert all(line["reset_share"] == line["tokens_forced"] == 0 for line in ppo_metrics)
 
 
+@with_and_without_lora
+def test_a_run_depends_on_no_random_numbers_but_its_own(start, tmp_path, lora_r):
+    def weights(name):
+        return run("drpo", start(tmp_path / name, lora_r=lora_r))[0]
+    torch.manual_seed(1), random.seed(1)
+    first = weights("first")
+    torch.manual_seed(2), random.seed(2)
+    assert_same_weights(weights("second"), first)
+
+
 def test_beta_above_0_is_not_ppo(start, tmp_path):
     drpo_weights, metrics = run("drpo", start(tmp_path / "drpo", beta=0.5))
     ppo_weights, _ = run("ppo", start(tmp_path / "ppo", beta=0.5))
@@ -701,8 +764,7 @@ def test_at_beta_0_what_would_be_reset_to_plays_no_part(start, tmp_path):
 def test_an_interrupted_stage_goes_on_to_the_same_weights_and_metrics(start, tmp_path, monkeypatch, stage):
     """Interrupted in its fourth update, saved after the second: the third is done again, and stands in the log once."""
     def begin(name):
-        return start(tmp_path / name, needs={"sft": (), "rm": ("sft",)}.get(stage, ("sft", "rm")), updates=4, sft_steps=4,
-                     rm_steps=4, save_every=2)
+        return start(tmp_path / name, stage, updates=4, sft_steps=4, rm_steps=4, save_every=2)
     uninterrupted, s, original = begin("uninterrupted"), begin("interrupted"), drpo.draw
     weights, metrics = run(stage, uninterrupted)
 
@@ -727,8 +789,8 @@ def test_a_checkpoint_of_other_settings_is_not_continued(start, tmp_path, capsys
     drpo.run_stage("drpo", start(tmp_path))
     (tmp_path / "drpo" / "result.json").unlink()
     with pytest.raises(SystemExit) as exit:
-        drpo.run_stage("drpo", start(tmp_path, needs=(), kl_coef=0.2))
-    assert exit.value.code == 2 and "kl_coef was 0.05, is 0.2" in capsys.readouterr().err
+        drpo.run_stage("drpo", settings(tmp_path, kl_coef=0.2))
+    assert exit.value.code == 2 and "kl_coef was 0.1, is 0.2" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -803,7 +865,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(start, 
                     kept[i] = p, p.detach().clone()
             yield update, optimizer, metrics
     monkeypatch.setattr(drpo, "training", planted)
-    s = start(tmp_path, needs={"sft": (), "rm": ("sft",)}.get(stage, ("sft", "rm")), updates=3, sft_steps=3, rm_steps=3)
+    s = start(tmp_path, stage, updates=3, sft_steps=3, rm_steps=3)
     stops(capsys, s, f"{stage} update 2", "not finite", stage=stage)
     for now, before in kept.values():
         torch.testing.assert_close(now.detach(), before, rtol=0, atol=0, equal_nan=True)
@@ -825,7 +887,8 @@ def test_the_saved_policy_is_the_one_in_memory(start, tmp_path, model, lora_r):
     assert not policy.load_state_dict(trained, strict=False).unexpected_keys
 
     [ids] = token_lists(0, 20)
-    wanted, saved, sft = logits_of(policy, ids), *(AutoModelForCausalLM.from_pretrained(tmp_path / stage) for stage in ("drpo", "sft"))
+    wanted = logits_of(policy, ids)
+    saved, sft = [AutoModelForCausalLM.from_pretrained(tmp_path / stage) for stage in ("drpo", "sft")]
     torch.testing.assert_close(logits_of(saved, ids), wanted, rtol=0, atol=5e-5)                 # merging rounds
     assert (logits_of(sft, ids) - wanted).abs().max() > 1e-2
     if lora_r:
@@ -858,7 +921,7 @@ def test_the_saved_tokenizer_is_the_one_of_the_run(start, tmp_path):
 
 
 def test_supervised_stages_with_lora_save_networks_with_the_adapter_merged_in(start, tmp_path):
-    s = start(tmp_path, needs=(), supervised_lora_r=4, sft_lr=3e-2, rm_lr=3e-2)
+    s = start(tmp_path, "sft", supervised_lora_r=4, sft_lr=3e-2, rm_lr=3e-2)
     sft_weights, _ = run("sft", s)
     run("rm", s)
     assert all("lora_" in name for name in sft_weights)

@@ -16,26 +16,31 @@ import toy_env
 from tools import show
 
 ROOT = Path(__file__).resolve().parents[1]
-B, T, EOS = 8, 20, 0
-SETTINGS = ["--dataset", "test_show:posts", "--preference_dataset", "test_show:pairs", "--model", "test_show:network", "--seed", "5",
-            "--sft_steps", "2", "--rm_steps", "2", "--sft_batch_size", "6", "--rm_batch_size", "6", "--micro_batch", "4",
-            "--batch_size", str(B), "--response_length", str(T), "--query_length", "60", "--lr", "0.01", "--epochs", "1",
-            "--eval_samples", "2", "--updates", "1"]
+B, T, EOS = 12, 20, 0
+SETTINGS = [*"--dataset test_show:posts --preference_dataset test_show:pairs --model test_show:network --seed 5 --query_length 60".split(),
+            *"--sft_steps 2 --rm_steps 2 --updates 1 --sft_batch_size 6 --rm_batch_size 6 --micro_batch 4 --epochs 1".split(),
+            *f"--sft_lr 1e-5 --lr 0.01 --batch_size {B} --response_length {T} --eval_samples 2".split()]
 
 
-def posts(split="train", seed=0):
-    return toy_env.posts(split, seed, toy_env.mixed, 24)
+LONG = "i feel sad . " * 6                                            # more than 20 tokens, whatever the tokenizer
 
 
-def pairs(split="train", seed=0):
-    return toy_env.gate_pairs(split, seed)[:24]
+def posts():
+    """Some too long for 60 tokens, some not for 50; the same of references and 20 tokens."""
+    return [{"prompt": f"SUBREDDIT: r/a\n\nTITLE: {i}\n\nPOST: sad {LONG * (2 * (i % 3))}\n\nTL;DR:",
+             "reference": f"{LONG * (i % 2)}number {i}"} for i in range(24)]
+
+
+def pairs():
+    texts = ("no", LONG)
+    return [{"prompt": row["prompt"], "chosen": texts[i % 2], "rejected": texts[1 - i % 2]} for i, row in enumerate(posts())]
 
 
 def network(seed=0):
     """tiny_pythia, but that every token is EOS with a probability of about 6 %: some rollouts end, some do not."""
     model = toy_env.tiny_pythia(seed)
     with torch.no_grad():
-        model.gpt_neox.final_layer_norm.bias[0] = 1.0
+        model.gpt_neox.final_layer_norm.weight[0], model.gpt_neox.final_layer_norm.bias[0] = 0.0, 1.0
         model.get_output_embeddings().weight[:, 0] = 0.0
         model.get_output_embeddings().weight[EOS, 0] = 2.5
     return model
@@ -162,7 +167,7 @@ def test_after_rl_its_own_policy_rolls_out(run, capsys):
         text = shown(capsys, "--run", run.folder, "--rows", 3, "--kl_coef", 0.5)  # batch_size now comes from drpo/
     finally:
         (run.folder / "drpo").rename(run.folder / "later")
-    assert text.startswith(f"policy: {run.folder}/drpo; beta 0.5, reset to chosen, temperature 0.7, kl_coef 0.5")
+    assert text.startswith(f"policy: {run.folder}/drpo; beta 0.6, reset to chosen, temperature 1, kl_coef 0.5")
     assert len(found := tables(text)) == 3
     for title, rows in found:
         steps = [{name: float(row[name]) for name in ("log pi", "log pi_SFT", "KL", "reward")} for row in rows.values()
@@ -184,26 +189,24 @@ def test_official_masking_shows_its_three_masks_and_what_follows_eos(run, capsys
             if row["t"] != ".":
                 assert [row[name] for name in ("mask", "policy", "rest")] == [str(mask[int(row["t"])]) for mask in masks]
                 assert row["log pi"] != "."
-    assert any(row["role"] == "after EOS" and row["policy"] == "1" for _, rows in found for row in rows.values())
+    after = [row for _, rows in found for row in rows.values() if row["role"] == "after EOS"]
+    assert any(int(row["id"]) != EOS for row in after) and {row["policy"] for row in after} == {"1"}  # sampled on, and learned from
 
 
 def test_rows_are_those_of_the_first_update_and_loss_marks_what_sft_predicts(run, capsys):
     found = tables(shown(capsys, *SETTINGS, "--rows", 6))
     assert [title.partition(":")[0] for title, _ in found] == [
         *(f"sft row {n}" for n in range(6)), *(f"pair {n}, {side}" for n in range(6) for side in ("chosen", "rejected"))]
-    shown_targets = {tuple(sorted((column, int(row["id"])) for column, row in rows.items() if row["loss"] == "1")) for _, rows in found[:6]}
     used = [row.tolist() for targets in run.targets[:2] for row in targets]  # two micro-batches make the first update
     assert len(used) == 6
     for title, rows in found[:6]:                                     # (B, Q + T - 1): the first column has no target
-        matches = [row for row in used if len(row) + 1 == max(rows) + 1 and all(
-            row[column - 1] == (int(cells["id"]) if cells["loss"] == "1" else -100) for column, cells in rows.items() if column)]
-        assert len(matches) == 1, title
         assert rows[0]["loss"] == "0"
-    assert len(shown_targets) == 6
+        assert any(len(row) == max(rows) and all(row[column - 1] == (int(cells["id"]) if cells["loss"] == "1" else -100)
+                                                 for column, cells in rows.items() if column) for row in used), title
 
 
 def test_the_reward_of_a_pair_is_read_at_eos_or_where_the_response_is_cut(capsys):
-    found = tables(shown(capsys, *SETTINGS, "--rows", 4, "--preference_length", 8, "--query_length", 52))[4:]
+    found = tables(shown(capsys, *SETTINGS, "--rows", 4, "--preference_length", 8, "--query_length", 50))[4:]
     cut = 0
     for title, rows in found:
         (marked,) = [row for row in rows.values() if row["reward"] == "<-"]
@@ -216,7 +219,7 @@ def test_the_reward_of_a_pair_is_read_at_eos_or_where_the_response_is_cut(capsys
     assert any("CUT from" in title.partition(";")[0] for title, _ in found)
     for title, rows in found:
         query = re.search(r"query (\d+) tokens(?:, CUT from (\d+))?", title)
-        assert int(query[1]) <= 52 and (query[2] is None or int(query[2]) > 52)
+        assert int(query[1]) <= 50 and (query[2] is None or int(query[2]) > 50)
 
 
 def test_long_runs_are_folded(capsys):

@@ -2,6 +2,7 @@
 
 Imports nothing of ours. `load` is all that drpo.py asks for; a layout is told by its columns, never by the name of a dataset.
 """
+import logging
 from pathlib import Path
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -15,6 +16,8 @@ def load(source):
     there is a train split only, as in a file, its last tenth is held out. Raises ValueError with one line that names what is
     wrong and where."""
     import datasets                                                   # slow to import, and the toy corpus does without
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)                  # what goes wrong is said once, below
     reader = READERS.get(Path(source.removesuffix(".gz")).suffix)
     if (reader or source.startswith(("/", "."))) and not Path(source).exists():
         raise ValueError(f"{source}: no such file or folder")
@@ -24,7 +27,8 @@ def load(source):
         name, _, config = source.partition(":")
         splits = datasets.load_dataset(reader, data_files=source) if reader else datasets.load_dataset(name, config or None)
     except Exception as error:                                        # `datasets` has some twenty types for a bad source
-        raise ValueError(f"{source}: cannot be read: {' '.join(str(error).split())}") from error
+        reason = str(error.__cause__ or "") or str(error) or type(error).__name__  # the cause knows the row
+        raise ValueError(f"{source}: cannot be read: {reason}") from error
     if "train" not in splits:
         raise ValueError(f"{source}: has no split named train, only {', '.join(splits)}")
     train, held_out = splits["train"], next((splits[name] for name in HELD_OUT if name in splits), None)
@@ -66,5 +70,6 @@ def read_row(row):
     for prompt, reference in [("prompt", "reference"), ("prompt", "completion"), ("prompt", "label"), ("prompt", "response"),
                               ("query", "reference_response")]:       # trl-lib/tldr, CarperAI, Dahoas; older cleanrl builds
         if has({prompt, reference}):
-            return {"prompt": row[prompt], "reference": row[reference]}
+            text = row[reference]                                     # those older builds have the EOS in the text
+            return {"prompt": row[prompt], "reference": text.removesuffix("<|endoftext|>") if isinstance(text, str) else text}
     return row

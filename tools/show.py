@@ -41,12 +41,13 @@ def show(title, batch, row, reset_len, tokenizer, names, more):
         first, last = KEPT.get(role, (len(run), 0))
         hidden = run[first:len(run) - last] if len(run) > first + last + 1 else []
         for i in run:
-            cells = [x[i] if not isinstance(x[i], float) else f"{round(x[i], 3) + 0:.3f}" for x in more.values()]
             if hidden and i == hidden[0]:
                 print(f"           ... {len(hidden)} more {role} tokens ...")
             if i not in hidden:
-                print(f"{i:6}{i - Q if i >= Q else '.':>5}{ids[i]:8}  {repr(tokenizer.decode(ids[i])):18.18}  {role:12}{attend[i]:8}"
-                      f"{position[i]:10}", *(f"{x:>{width}}" for x, width in zip(cells, widths)), sep="")
+                t, text = i - Q if i >= Q else ".", repr(tokenizer.decode(ids[i]))
+                cells = [x[i] if not isinstance(x[i], float) else f"{round(x[i], 3) + 0:.3f}" for x in more.values()]
+                print(f"{i:6}{t:>5}{ids[i]:8}  {text:18.18}  {role:12}{attend[i]:8}{position[i]:10}",
+                      *(f"{x:>{width}}" for x, width in zip(cells, widths)), sep="")
 
 
 def lengths(row, field, s, tokenizer, length):
