@@ -174,7 +174,7 @@ PRESETS = {
     "tiny": dict(model="toy_env:tiny_pythia", tokenizer="toy_env:bpe_tokenizer", dataset="toy_env:gate",
                  preference_dataset="toy_env:gate_pairs", judge="toy_env:gold_judge", reset_to="chosen", dtype="float32",
                  query_length=80, response_length=24, preference_length=32, lora_r=0, micro_batch=64, max_grad_norm=1.0,
-                 sft_steps=600, sft_lr=3e-3, sft_batch_size=16, rm_steps=300, rm_lr=5e-4, rm_batch_size=16,
+                 sft_steps=600, sft_lr=3e-3, sft_batch_size=16, rm_steps=400, rm_lr=5e-4, rm_batch_size=16,
                  updates=45, batch_size=48, epochs=2, lr=4e-4, beta=0.6, kl_coef=0.1, temperature=1.0, cliprange_value=5.0,
                  whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48,
                  eval_samples=500, eval_temperature=0.7),
