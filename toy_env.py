@@ -10,14 +10,14 @@ summary is better" has an answer that no reward model was asked for.
     tiny_pythia     GPT-NeoX, 2 layers of 128, from scratch    --model toy_env:tiny_pythia
 
 A post tells what somebody did to one of the writer's things, how the writer feels and what the writer wants, in shuffled
-sentences among distractors. A full summary has four clauses:
+sentences with a distractor; its title gives one of these facts away. A full summary has four clauses:
 
     my sister broke our bike .  i feel angry .  i want an apology .  what should i do ?
 
 The true score pays 3.0 for the question, but only after the three facts: a late reward behind a gate. Everything before it
 costs a little more in words than it earns, so whoever looks only at what is near stops early. `gate` is the case that the
 paper's abstract describes: the SFT references hardly ever get through the gate, but some responses in the preference pairs
-do, and are preferred. In `easy` the SFT references get through often, and resets have nothing to add.
+do, and are preferred. In `easy` the SFT references get through often.
 """
 import random
 import re
@@ -27,7 +27,8 @@ PEOPLE = ["sister", "brother", "boss", "roommate", "neighbor", "cousin", "friend
 DEEDS = ["broke", "sold", "lost", "stole", "painted", "hid", "burned", "borrowed"]
 THINGS = ["bike", "phone", "laptop", "guitar", "car", "jacket", "camera", "couch", "watch", "garden"]
 FEELINGS = ["angry", "sad", "hurt", "confused", "betrayed", "tired", "worried", "guilty"]
-WISHES = ["an apology", "my money back", "some advice", "to move out", "a new one", "to stay calm", "to call a lawyer", "to talk"]
+WISHES = ["an apology", "my money back", "some advice", "to move out", "a new one", "to stay calm", "to call a lawyer",
+          "to talk"]
 DISTRACTORS = ["it was raining all day .", "we had dinner before that .", "i work two jobs .", "most of them live far away .",
                "this happened last week .", "sorry for the long post .", "we used to get along .", "i hardly slept since ."]
 QUESTION = "what should i do ?"
@@ -70,7 +71,7 @@ def lazy(rng, facts):
 
 
 def sloppy(rng, facts):
-    """One thing wrong: facts of some other post, the question too early, or a clause twice, in place of another or on top."""
+    """One thing wrong: facts of some other post, the question too early, a clause twice in place of another or on top."""
     clauses, wrong = careful(rng, facts), write_post(rng)[1]
     places, (here, there) = rng.sample(range(3), rng.randint(1, 3)), rng.sample(range(3), 2)
     return rng.choice([[wrong[i] if i in places else clause for i, clause in enumerate(clauses)],
@@ -108,7 +109,7 @@ def gold_judge(prompts, a, b):
 
 
 def posts(split, seed, annotate, size):
-    """`size` posts with a reference each. Held-out references are the better of two by mixed annotators, as a benchmark's are."""
+    """`size` posts with a reference each. Held-out references are the better of two by mixed annotators."""
     rng, rows = random.Random(f"posts {split} {seed}"), []
     for _ in range(size):
         prompt, facts = write_post(rng)
@@ -152,7 +153,8 @@ def bpe_tokenizer():
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>", "[PAD]"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator((row["prompt"] + " " + row["reference"] for row in posts("train", 0, careful, 2000)), trainer)
+    rows = posts("train", 0, careful, 2000)
+    tokenizer.train_from_iterator((row["prompt"] + " " + row["reference"] for row in rows), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="[PAD]")
 
 
@@ -162,7 +164,9 @@ def tiny_pythia(seed=0):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # the residual is sequential: in two parallel layers copying from the post takes several times as long to learn
         return GPTNeoXForCausalLM(GPTNeoXConfig(
             vocab_size=600, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
-            max_position_embeddings=256, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-            bos_token_id=0, eos_token_id=0, pad_token_id=1, classifier_dropout=0.0, use_parallel_residual=False, tie_word_embeddings=False))
+            max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=1, classifier_dropout=0.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            use_parallel_residual=False, tie_word_embeddings=False))

@@ -91,12 +91,12 @@ def settings(run_dir="unused", **changes):
     """Whatever the presets say: all that bears on these runs is given."""
     here = {name: f"{__name__}:{function}" for name, function in [
         ("model", "gpt_neox"), ("tokenizer", "tokenizer"), ("dataset", "rows"), ("preference_dataset", "pairs")]}
-    given = {"run_dir": run_dir, "device": "cpu", **here, "query_length": 8, "response_length": T, "preference_length": 10,
-             "reset_to": "reference", "micro_batch": 8, "sft_steps": 3, "sft_lr": 1e-2, "sft_batch_size": 8, "rm_steps": 3,
-             "rm_lr": 3e-3, "rm_batch_size": 8, "supervised_lora_r": 0, "lora_r": 0, "updates": 1, "batch_size": 8, "epochs": 2,
-             "lr": 3e-3, "beta": 0.5, "temperature": 0.7, "kl_coef": 0.05, "cliprange_value": 0.2, "whiten_rewards": False,
-             "missing_eos_score": -1.0, "dpo_lr": 3e-3, "dpo_beta": 0.05, "dpo_batch_size": 8,
-             "max_grad_norm": 1.0, "dtype": "float32", "save_every": 1, "eval_samples": 16, "eval_temperature": 0.7, **changes}
+    given = {"run_dir": run_dir, "device": "cpu", "dtype": "float32", **here, "query_length": 8, "response_length": T,
+             "preference_length": 10, "max_grad_norm": 1.0, "supervised_lora_r": 0, "micro_batch": 8, "save_every": 1,
+             "sft_steps": 3, "sft_lr": 1e-2, "sft_batch_size": 8, "rm_steps": 3, "rm_lr": 3e-3, "rm_batch_size": 8,
+             "updates": 1, "lora_r": 0, "batch_size": 8, "lr": 3e-3, "beta": 0.5, "reset_to": "reference", "temperature": 0.7,
+             "epochs": 2, "kl_coef": 0.05, "cliprange_value": 0.2, "whiten_rewards": False, "missing_eos_score": -1.0,
+             "dpo_beta": 0.05, "dpo_lr": 3e-3, "dpo_batch_size": 8, "eval_samples": 16, "eval_temperature": 0.7, **changes}
     return drpo.parse([f"--{name}={value}" for name, value in given.items()])[1]
 
 
