@@ -1033,7 +1033,10 @@ def main(argv=None):
             for name in ([*STAGES, "eval"] if stage == "all" else [stage]):
                 run_stage(name, one)
     if stage in ("eval", "all"):
-        from tools import report                                      # tables and figures
+        try:
+            from tools import report                                  # tables and figures
+        except ModuleNotFoundError:
+            return print(f"the figures are in report.json under {s.run_dir}; for tables put tools/ beside drpo.py")
         print([report.write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])
 
 
