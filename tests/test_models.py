@@ -791,7 +791,7 @@ def test_a_checkpoint_of_other_settings_is_not_continued(start, tmp_path, capsys
     (tmp_path / "drpo" / "result.json").unlink()
     with pytest.raises(SystemExit) as exit:
         drpo.run_stage("drpo", settings(tmp_path, kl_coef=0.2))
-    assert exit.value.code == 2 and "kl_coef was 0.1, is 0.2" in capsys.readouterr().err
+    assert exit.value.code == 2 and "kl_coef was 0.05, is 0.2" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
