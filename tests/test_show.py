@@ -167,7 +167,9 @@ def test_after_rl_its_own_policy_rolls_out(run, capsys):
         text = shown(capsys, "--run", run.folder, "--rows", 3, "--kl_coef", 0.5)  # batch_size now comes from drpo/
     finally:
         (run.folder / "drpo").rename(run.folder / "later")
-    assert text.startswith(f"policy: {run.folder}/drpo; beta 0.6, reset to chosen, temperature 1, kl_coef 0.5")
+    made = json.loads((run.folder / "later" / "result.json").read_text())["settings"]
+    assert text.startswith(f"policy: {run.folder}/drpo; beta {made['beta']:g}, reset to {made['reset_to']}, "
+                           f"temperature {made['temperature']:g}, kl_coef 0.5\n")
     assert len(found := tables(text)) == 3
     for title, rows in found:
         steps = [{name: float(row[name]) for name in ("log pi", "log pi_SFT", "KL", "reward")} for row in rows.values()
