@@ -321,9 +321,13 @@ def load(loader, name, s, **kwargs):
         return call(function, seed=s.seed)
     path = Path(name)
     try:
-        if path.suffix == ".gguf":
-            return loader.from_pretrained(path.parent, gguf_file=path.name, **kwargs)
-        return loader.from_pretrained(name, **kwargs)
+        if path.suffix != ".gguf":
+            return loader.from_pretrained(name, **kwargs)
+        loaded = loader.from_pretrained(path.parent, gguf_file=path.name, **kwargs)
+        if isinstance(loaded, nn.Module):                             # by now its weights are plain, and can be saved as such
+            loaded.hf_quantizer = None
+            vars(loaded.config).pop("quantization_config", None)
+        return loaded
     except Exception as error:                                        # every way in which a name can be wrong
         stop(f"{name}: cannot be loaded: {error}")
 
