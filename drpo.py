@@ -880,7 +880,8 @@ def first_update_checks(log_ratios, reset_len, reward, reward_head, references, 
     if not log_ratios.abs().max() < tolerance:
         stop("the reference is not the SFT model that the policy starts from", 3)
     with reward() as network:
-        scores = reference_scores(network, reward_head, draw(references, 256, 0, s.seed, "check"), s, tokenizer)
+        some = draw(references, min(256, len(references)), 0, s.seed, "check")
+        scores = reference_scores(network, reward_head, some, s, tokenizer)
     mean, error = scores.mean().item(), scores.std().item() / math.sqrt(len(scores))
     tqdm.write(f"check: SFT references score {mean:.2f} +- {error:.2f} (standard error); it should be 0")
     if not abs(mean) < 5 * error + tolerance:
