@@ -73,7 +73,7 @@ from transformers.utils import logging as transformers_logging
 
 def stop(message, status=2):
     """One line on stderr, and the end. Status 2: the person at the keyboard can mend it; 3: this run must not go on."""
-    print(f"drpo.py: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"drpo.py: {' '.join(str(message).split())}", file=sys.stderr)  # on a line of its own, also below a bar
     raise SystemExit(status)
 
 
@@ -148,11 +148,12 @@ class Settings:
     judge: str = setting("eval", "rm", "who says which summary is better: rm (not independent!) or module:function")
 
     def __post_init__(self):
-        for name, low, high in [("beta", 0, 1), ("lam", 0, 1), ("gamma", 0, 1), ("temperature", 1e-3, 100), ("lr", 0, 1),
-                                ("eval_temperature", 1e-3, 100), ("kl_coef", 0, math.inf), ("cliprange", 0, 1)]:
-            if not low <= getattr(self, name) <= high:
-                stop(f"--{name} {getattr(self, name)}: must lie in [{low}, {high}]")
+        lowest = {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6}
+        highest = dict.fromkeys(("beta", "lam", "gamma", "cliprange", "lr", "sft_lr", "rm_lr", "dpo_lr"), 1)
         for name, value in vars(self).items():
+            low, high = lowest.get(name, 0), highest.get(name, 1000000)
+            if type(value) is float and not low <= value <= high:
+                stop(f"--{name} {value}: must lie in [{low}, {high}]")
             zero_is_fine = name in ("seed", "sft_steps", "rm_steps", "updates", "lora_r", "supervised_lora_r")
             if type(value) is int and value < (not zero_is_fine):
                 stop(f"--{name} {value}: must be {'0 or more' if zero_is_fine else '1 or more'}")
@@ -320,6 +321,8 @@ def load(loader, name, s, **kwargs):
     if function := resolve(name):
         return call(function, seed=s.seed)
     path = Path(name)
+    if not path.exists() and (name.startswith(("/", ".")) or name.count("/") > 1 or path.suffix == ".gguf"):
+        stop(f"{name}: no such file or folder")
     try:
         if path.suffix != ".gguf":
             return loader.from_pretrained(name, **kwargs)
@@ -565,6 +568,27 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     return responses
 
 
+def reset_rollouts(policy, rows, update, tokenizer, s):
+    """Alg. 1, lines 3 and 4: the rollouts of one update. Rows, resets and uniforms depend on seed and update number alone.
+
+    -> a batch as of `pack`, T = response_length wide, whose response_len ends at the first EOS, and with reset_len (B,) long,
+    has_eos (B,) bool and decoded (B,) long: how many tokens the policy itself had to produce."""
+    B, T, eos, rng = s.batch_size, s.response_length, tokenizer.eos_token_id, generator(s.seed, "rollout", update)
+    episodes = draw(rows, B, update, s.seed, "rl")
+    queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in episodes]
+    references = [[token for token in encode_response(row["reference"], tokenizer, T) if token != eos][:T - 1]
+                  for row in episodes]
+    reset_len = sample_reset_lengths(torch.tensor([len(ids) for ids in references]), s.beta, rng, s.reset_include_prompt)
+    prefixes = [ids[:length] for ids, length in zip(references, reset_len.tolist())]
+    responses = rollout(policy, queries, prefixes, torch.rand(B, T, generator=rng), tokenizer, s, s.temperature,
+                        stop_at_eos=s.masking == "sampled")
+    batch = pack(queries, responses, eos, s.device, width=T) | {"reset_len": reset_len.to(s.device)}
+    batch["decoded"] = batch["response_len"] - batch["reset_len"]
+    batch["has_eos"] = torch.tensor([eos in ids for ids in responses], device=s.device)
+    batch["response_len"] = torch.tensor([ids.index(eos) + 1 if eos in ids else T for ids in responses], device=s.device)
+    return batch
+
+
 def sample(network, rows, s, tokenizer, temperature):
     """-> one response (list of ids) per row, from the bare prompt. The same uniforms for every method: paired samples."""
     uniforms = torch.rand(len(rows), s.response_length, generator=generator(s.seed, "evaluation"))
@@ -696,9 +720,9 @@ def train_sft(s):
         batch = encode(held_out, ["reference"], s, tokenizer, s.response_length)
         sums = [token_losses(part) for _, part in micro_batches(batch, s)]
     loss = sum(total.item() for total, _ in sums) / sum(count.item() for _, count in sums)
-    rouge = mean_ci(rouge_l(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out))
-    print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {rouge[0]:.3f}, on {len(held_out)} rows")
-    return {"held_out_loss": loss, "rouge_l": rouge[0], "rouge_l_ci95": rouge[1]}
+    rouge = rouge_l(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out)
+    print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {sum(rouge) / len(rouge):.3f}, on {len(held_out)} rows")
+    return {"held_out_loss": loss, "rouge_l": sum(rouge) / len(rouge)}
 
 
 def pair_update(pairs, s, optimizer, loss_of, where):
@@ -732,23 +756,26 @@ def train_rm(s):
         pairs = draw(rows, s.rm_batch_size, update, s.seed, "rm")
         metrics.update(pair_update(pairs, s, optimizer, pair_loss, f"rm update {update + 1}"))
 
-    held_out, groups = held_out[:HELD_OUT_PAIRS], {}
+    held_out, by_batch = held_out[:HELD_OUT_PAIRS], {}
     with torch.no_grad():
         margins = torch.cat([pair_loss(held_out[i:i + s.micro_batch])[1] for i in range(0, len(held_out), s.micro_batch)])
         references = load_rows(s.dataset, "reference", s.seed)[0][:REFERENCES_FOR_BIAS]
         scores = reference_scores(backbone, head, references, s, tokenizer)
-    for hit, row in zip((margins > 0).float().tolist(), held_out):    # N+ detail 16: accuracy differs by labelling batch
-        groups.setdefault(row["batch"] or "all", []).append(hit)
-    accuracy, interval = wilson(sum(groups.values(), []))
+    for right, row in zip((margins > 0).tolist(), held_out):          # N+ detail 16: accuracy differs by labelling batch
+        count = by_batch.setdefault(row["batch"] or "all", {"right": 0, "pairs": 0})
+        count["right"], count["pairs"] = count["right"] + right, count["pairs"] + 1
+    accuracy = (margins > 0).double().mean().item()
     if s.supervised_lora_r:
         backbone.merge_and_unload()
     model.score.weight.data.copy_(head.weight)
     model.config.reward_bias = scores.mean().item()                   # N+ detail 15: references score 0 on average
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:              # transformers' own classifier reads before the padding
+        model.config.pad_token_id = None
     save_network(model, tokenizer, Path(s.run_dir) / "rm")
-    print(f"rm: accuracy {accuracy:.3f} [{interval[0]:.3f}, {interval[1]:.3f}] on {len(held_out)} held-out pairs; references "
-          f"scored {scores.mean():.2f} with spread {scores.std():.2f}, and from here on 0 on average")
-    return {"accuracy": accuracy, "accuracy_ci95": interval, "reference_score_std": scores.std().item(),
-            "accuracy_by_batch": {batch: [*wilson(hits), len(hits)] for batch, hits in sorted(groups.items())}}
+    error, spread = math.sqrt(accuracy * (1 - accuracy) / len(held_out)), scores.std(correction=0).item()
+    print(f"rm: accuracy {accuracy:.3f} +- {1.96 * error:.3f} (95 %) on {len(held_out)} held-out pairs; references scored "
+          f"{scores.mean():.2f} with spread {spread:.2f}, and from here on 0 on average")
+    return {"accuracy": accuracy, "accuracy_by_batch": by_batch, "reference_score_std": spread}
 
 
 def train_dpo(s):
@@ -780,26 +807,15 @@ def train_drpo(s, stage="drpo"):
     critic, reward = twin(backbone, s.lora_r, s.seed)                 # the critic starts as the reward model, head and all
     value_head = copy.deepcopy(reward_head).requires_grad_(True)
     modules = nn.ModuleDict({"policy": policy, "critic": critic, "value_head": value_head})
-    B, T, eos = s.batch_size, s.response_length, tokenizer.eos_token_id
+    B, T = s.batch_size, s.response_length
     tolerance = 1e-4 if s.dtype == "float32" else 0.1                 # nats that rounding may cost, and a bug exceeds
 
     for update, optimizer, metrics in training(stage, s.updates or max(1, len(rows) // B), s.lr, modules, s):
         clock, where = [time.perf_counter()], f"{stage} update {update + 1}"
-        # Alg. 1, line 3: where each rollout starts: a prompt, and with probability beta a prefix of its own reference
-        episodes, rng = draw(rows, B, update, s.seed, "rl"), generator(s.seed, "rollout", update)
-        queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in episodes]
-        prefixes = [[token for token in encode_response(row["reference"], tokenizer, T) if token != eos][:T - 1]
-                    for row in episodes]
-        reset_len = sample_reset_lengths(torch.tensor([len(ids) for ids in prefixes]), s.beta, rng, s.reset_include_prompt)
-        prefixes = [ids[:length] for ids, length in zip(prefixes, reset_len.tolist())]
-
-        # Line 4: the policy finishes each response
-        responses = rollout(policy, queries, prefixes, torch.rand(B, T, generator=rng), tokenizer, s, s.temperature,
-                            stop_at_eos=s.masking == "sampled")
-        batch = pack(queries, responses, eos, s.device, width=T)
-        has_eos = torch.tensor([eos in ids for ids in responses], device=s.device)
-        batch["response_len"] = torch.tensor([ids.index(eos) + 1 if eos in ids else T for ids in responses], device=s.device)
-        sampled, in_policy_loss, in_rest = token_masks(reset_len.to(s.device), batch["response_len"], T, s.masking)
+        # Lines 3 and 4: reset to the prompt and, with probability beta, a prefix of its own reference; roll out
+        batch = reset_rollouts(policy, rows, update, tokenizer, s)
+        reset_len, lengths = batch["reset_len"], batch["response_len"]
+        sampled, in_policy_loss, in_rest = token_masks(reset_len, lengths, T, s.masking)
         clock.append(time.perf_counter())
 
         # Line 5: reward and log-ratio of every step. Log-probabilities come from the training forward, not the sampler
@@ -816,7 +832,7 @@ def train_drpo(s, stage="drpo"):
             log_ratios = log_ratio(logprobs, ref_logprobs, sampled)
             if update == 0:
                 first_update_checks(log_ratios, reset_len, reward, reward_head, references, tokenizer, tolerance, s)
-            scores = torch.where(has_eos, scores, s.missing_eos_score)
+            scores = torch.where(batch["has_eos"], scores, s.missing_eos_score)
             rewards = penalised_rewards(scores, logprobs, ref_logprobs, sampled, s.kl_coef)
             if s.masking == "official":                               # the KL reward also outside of what was sampled
                 rewards += penalised_rewards(0 * scores, logprobs, ref_logprobs, ~sampled, s.kl_coef)
@@ -849,9 +865,7 @@ def train_drpo(s, stage="drpo"):
         pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, mask, s.cliprange)
         vf_loss, vf_clipfrac = ppo_value_loss(new_values, values, returns, rest, s.cliprange_value)
         drift = log_ratio(new_logprobs, logprobs, mask)
-        lengths, forced = batch["response_len"], int(reset_len.sum())
         seconds = [end - start for start, end in zip(clock, clock[1:])]
-        prefix_share = reset_len / torch.tensor([len(ids) for ids in responses])
         figures = {
             "score": scores.mean(), "kl": log_ratios.sum(1).mean(), "non_score_reward": rewards.sum(1).mean() - scores.mean(),
             "entropy": masked_mean(entropy, sampled), "loss": pg_loss + s.vf_coef * vf_loss, "pg_loss": pg_loss,
@@ -860,10 +874,10 @@ def train_drpo(s, stage="drpo"):
             "approx_kl": -drift[mask].mean(), "approx_kl3": (drift.exp() - 1 - drift)[mask].mean(),  # k1 and k3
             "explained_variance": 1 - (returns - values)[in_rest].var() / returns[in_rest].var(),
             "advantage_mean": raw_advantages[in_rest].mean(), "advantage_std": raw_advantages[in_rest].std(),
-            "eos_rate": has_eos.float().mean(), "response_tokens": lengths.float().mean(),
+            "eos_rate": batch["has_eos"].float().mean(), "response_tokens": lengths.float().mean(),
             "reset_share": (reset_len > 0).float().mean(),
-            "prefix_share": prefix_share[reset_len > 0].mean() if forced else 0.0,
-            "tokens_decoded": sum(map(len, responses)) - forced, "tokens_forced": forced, "grad_norm": grad_norm,
+            "prefix_share": (reset_len / lengths)[reset_len > 0].mean() if reset_len.any() else 0.0,
+            "tokens_decoded": batch["decoded"].sum(), "tokens_forced": reset_len.sum(), "grad_norm": grad_norm,
             "tokens_per_second": lengths.sum() / sum(seconds),
             "seconds_rollout": seconds[0], "seconds_score": seconds[1], "seconds_update": seconds[2]}
         metrics.update({name: float(value) for name, value in figures.items()})
@@ -882,7 +896,7 @@ def first_update_checks(log_ratios, reset_len, reward, reward_head, references, 
     with reward() as network:
         some = draw(references, min(256, len(references)), 0, s.seed, "check")
         scores = reference_scores(network, reward_head, some, s, tokenizer)
-    mean, error = scores.mean().item(), scores.std().item() / math.sqrt(len(scores))
+    mean, error = scores.mean().item(), scores.std(correction=0).item() / math.sqrt(len(scores))
     tqdm.write(f"check: SFT references score {mean:.2f} +- {error:.2f} (standard error); it should be 0")
     if not abs(mean) < 5 * error + tolerance:
         stop("the reward model does not see the references as it was trained on them", 3)
@@ -922,20 +936,6 @@ def rouge_l(texts, rows):
     return [scorer.score(row["reference"], text)["rougeL"].fmeasure for text, row in zip(texts, rows)]
 
 
-def wilson(wins, z=1.96):
-    """Wins in [0, 1] -> (their share, [low, high]): the Wilson 95 % interval, which behaves at 0 and 1 as +- does not."""
-    n, p = len(wins), sum(wins) / len(wins)
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
-
-
-def mean_ci(values, z=1.96):
-    """-> (mean, [low, high]), the 95 % interval of the mean by the normal approximation."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    mean, half = values.mean().item(), z * values.std(correction=0).item() / math.sqrt(len(values))
-    return mean, [mean - half, mean + half]
-
-
 def load_judge(s, backbone, head, tokenizer):
     """-> judge(prompts, a, b) -> [P(a is preferred), ...], from lists of texts."""
     def by_reward(prompts, a, b):                                     # the run's own reward model: what was optimised
@@ -949,11 +949,12 @@ def load_judge(s, backbone, head, tokenizer):
 
 
 def evaluate(s):
-    """Every finished method of the run, on the same held-out prompts -> samples.jsonl and report.json.
+    """Every finished method of the run, on the same held-out prompts -> samples.jsonl, a row per prompt, and eval.json, what
+    is known of the run; tools/report.py makes tables, intervals and figures of them.
 
     KL(pi || pi_SFT) is estimated on samples at the training temperature, the one at which the two were compared in training;
     everything else is measured on samples at the evaluation temperature."""
-    run, methods = Path(s.run_dir), {}
+    run = Path(s.run_dir)
     results = {stage: json.loads(path.read_text()) for stage in USES if (path := run / stage / "result.json").exists()}
     rows = load_rows(s.dataset, "reference", s.seed)[1][:s.eval_samples]
     prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
@@ -968,20 +969,15 @@ def evaluate(s):
         log_pi, log_sft = [per_row(lambda part: sequence_logprobs(net, part, s.temperature), rows, tempered, s, tokenizer)
                            for net in (network, sft)]
         texts = decode(responses, tokenizer)
-        columns = {"win_rate": judge(prompts, texts, references), "kl": (log_pi - log_sft).tolist(),
+        columns = {"response": texts, "win_rate": judge(prompts, texts, references), "kl": (log_pi - log_sft).tolist(),
                    "rm_score": per_row(lambda part: end_scores(backbone, head, part), rows, responses, s, tokenizer).tolist(),
-                   "rouge_l": rouge_l(texts, rows), "response_tokens": [float(len(ids)) for ids in responses],
-                   "eos_rate": [float(ids[-1] == tokenizer.eos_token_id) for ids in responses]}
-        methods[method] = {}
-        for name, values in columns.items():
-            value, interval = (wilson if name in ("win_rate", "eos_rate") else mean_ci)(values)
-            methods[method] |= {name: value, f"{name}_ci95": interval}
-        for row, text, *values in zip(samples, texts, *columns.values()):
-            row[method] = {"response": text, **dict(zip(columns, values))}
-    report = {"methods": methods, "rm": results["rm"], "sft": results["sft"], "settings": dataclasses.asdict(s),
-              "seconds": {stage: result.pop("seconds") for stage, result in results.items()}}
+                   "rouge_l": rouge_l(texts, rows), "response_tokens": [len(ids) for ids in responses],
+                   "eos_rate": [int(ids[-1] == tokenizer.eos_token_id) for ids in responses]}
+        for row, *values in zip(samples, *columns.values()):
+            row[method] = dict(zip(columns, values))
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    (run / "report.json").write_text(json.dumps(report, indent=1))
+    (run / "eval.json").write_text(json.dumps({"rm": results["rm"], "sft": results["sft"], "settings": dataclasses.asdict(s),
+                                               "seconds": {stage: result.pop("seconds") for stage, result in results.items()}}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1017,9 +1013,9 @@ def parse(argv):
     parser = HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "eval", "all"], help="what to run")
     parser.error = stop
-    preset = next((word.removeprefix("--preset=") if "=" in word else after for word, after in zip(argv, [*argv[1:], ""])
-                   if word.partition("=")[0] == "--preset"), "tiny")
-    parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
+    preset = ["tiny"] + [word.removeprefix("--preset=") if "=" in word else after
+                         for word, after in zip(argv, [*argv[1:], ""]) if word.partition("=")[0] == "--preset"]
+    parser.set_defaults(preset=preset[-1], **PRESETS.get(preset[-1], {}))
     try:
         s, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:                                       # a word or a flag that nothing takes
@@ -1041,7 +1037,7 @@ def main(argv=None):
         try:
             from tools import report                                  # tables and figures
         except ModuleNotFoundError:
-            return print(f"the figures are in report.json under {s.run_dir}; for tables put tools/ beside drpo.py")
+            return print(f"what was measured is in samples.jsonl under {s.run_dir}; for tables put tools/ beside drpo.py")
         print([report.write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])
 
 

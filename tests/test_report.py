@@ -18,20 +18,14 @@ SETTINGS = {"preset": "tiny", "eval_samples": 600, "eval_temperature": 0.01, "te
 
 def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settings):
     """A finished run with these {method: win rate} on four prompts; PPO and DR-PO logged these scores, one an update."""
-    def figures(win_rate):
-        return {"win_rate": win_rate, "win_rate_ci95": [win_rate - 0.015, win_rate + 0.025],
-                "rm_score": 1.25, "rm_score_ci95": [1.0, 1.5], "kl": 2.5, "kl_ci95": [2.0, 3.0],
-                "rouge_l": 0.333, "rouge_l_ci95": [0.3, 0.366], "response_tokens": 9.5, "response_tokens_ci95": [9.0, 10.0],
-                "eos_rate": 0.75, "eos_rate_ci95": [0.5, 0.875]}
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps({
-        "methods": {name: figures(rate) for name, rate in win_rates.items()},
-        "rm": {"accuracy": accuracy, "accuracy_ci95": [accuracy - 0.03, accuracy + 0.03]},
-        "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0}, "sft": {"held_out_loss": 2.0, "rouge_l": 0.3},
-        "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings}}))
-    samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} |
-               {name: {"response": f"{name} says {i}", "win_rate": 0.5, "rm_score": -1.5} for name in win_rates}
-               for i in range(4)]
+    (folder / "eval.json").write_text(json.dumps({
+        "rm": {"accuracy": accuracy, "accuracy_by_batch": {"all": {"right": round(10 * accuracy), "pairs": 10}}},
+        "sft": {"held_out_loss": 2.0, "rouge_l": 0.3}, "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings},
+        "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0}}))
+    samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} | {
+        name: {"response": f"{name} says {i}", "win_rate": rate, "rm_score": 1.0 + (i > 1), "kl": 2.5, "rouge_l": i / 10,
+               "response_tokens": 9 + i // 2, "eos_rate": int(i > 0)} for name, rate in win_rates.items()} for i in range(4)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     keys = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2}
     logs = {"sft": [{"loss": 3.0}], "rm": [{"accuracy": 0.6}], "dpo": [{"accuracy": 0.6}]}
@@ -62,20 +56,25 @@ def row(text, name):
 
 
 def test_single_run(tmp_path):
-    run = make_run(tmp_path / "run", {"drpo": 0.625, "sft": 0.125, "ppo": 0.5})  # in no good order
+    run = make_run(tmp_path / "run", {"drpo": 0.5, "sft": 0.125, "ppo": 0.25})  # in no good order
     text = report.write(run)
     assert [line.split()[0] for line in text.splitlines()[:4]] == ["method", "SFT", "PPO", "DR-PO"]  # no row for DPO
-    assert row(text, "DR-PO") == ["DR-PO", "0.625", "[0.610,", "0.650]", "1.25", "2.50", "0.333", "9.5", "0.75"]
-    assert "reward model accuracy: 0.700 [0.670, 0.730]" in text
+    # Wilson, 2 of 4: (0.5 + z^2 / 8) / (1 + z^2 / 4) = 0.5, half width z sqrt(1/16 + z^2 / 64) / (1 + z^2 / 4) = 0.350
+    assert row(text, "DR-PO") == ["DR-PO", "0.500", "[0.150,", "0.850]", "1.50", "2.50", "0.150", "9.5", "0.75"]
+    assert "reward model accuracy: 0.700 [0.397, 0.892]" in text      # 7 of 10
     assert "on 4 held-out prompts at sampling temperature 0.01; KL, in nats per response, at temperature 0.7" in text
     assert "seconds: SFT 5, RM 7, DR-PO 30; in all 42" in text
     assert "judge: toy_env:gold_judge\n" in text and "NOT independent" not in text
 
     page = (run / "report.md").read_text(encoding="utf-8")
-    assert ("| DR-PO | 0.625 [0.610, 0.650] | 1.25 [1.00, 1.50] | 2.50 [2.00, 3.00] | 0.333 [0.300, 0.366] "
-            "| 9.5 [9.0, 10.0] | 0.75 [0.50, 0.88] |") in page
+    # half widths: 0.98 times the standard deviation over the four prompts, 0.5 of the scores
+    assert ("| DR-PO | 0.500 [0.150, 0.850] | 1.50 [1.01, 1.99] | 2.50 [2.50, 2.50] | 0.150 [0.040, 0.260] "
+            "| 9.5 [9.0, 10.0] | 0.75 [0.30, 0.95] |") in page
+    saved = json.loads((run / "report.json").read_text())
+    assert list(saved["methods"]) == ["sft", "ppo", "drpo"] and saved["methods"]["drpo"]["kl"] == 2.5
+    assert saved["rm"]["accuracy_by_batch"]["all"]["pairs"] == 10 and saved["seconds"]["drpo"] == 30.0
     assert page.count("### Post") == 3 and "told 2" in page and "told 3" not in page
-    assert "    reference: told 0\n\n    SFT (win 0.5, RM score -1.50): sft says 0\n\n    PPO (" in page
+    assert "    reference: told 0\n\n    SFT (win 0.12, RM score 1.00): sft says 0\n\n    PPO (" in page
     assert "](curves.png)" in page and '"eval_temperature": 0.01' in page.partition("<details>")[2]
     assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -160,14 +159,14 @@ def spoil(tmp_path, what):
     if what == "broken log":
         (run / "sft" / "metrics.jsonl").write_text('{"loss": 1.0}\n{"lo')
     elif what == "broken report":
-        (run / "report.json").write_bytes(b"\xff{")
+        (run / "eval.json").write_bytes(b"\xff{")
     else:
         (run / what).unlink()
     return run
 
 
-@pytest.mark.parametrize("what, named", [("no folder", "drpo.py eval --run_dir"), ("report.json", "drpo.py eval --run_dir"),
-                                         ("samples.jsonl", "samples.jsonl"), ("broken report", "report.json: not JSON"),
+@pytest.mark.parametrize("what, named", [("no folder", "drpo.py eval --run_dir"), ("eval.json", "drpo.py eval --run_dir"),
+                                         ("samples.jsonl", "samples.jsonl"), ("broken report", "eval.json: not JSON"),
                                          ("broken log", "metrics.jsonl: not JSON")])
 def test_bad_folders_end_with_one_line(tmp_path, capsys, what, named):
     with pytest.raises(SystemExit) as end:
@@ -190,7 +189,14 @@ def test_command(tmp_path):
     command = [sys.executable, "-m", "tools.report", run, tmp_path / "none"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and row(done.stdout, "SFT")[1] == "0.125" and (run / "curves.png").exists()
-    assert done.stderr.count("\n") == 1 and "none: no report.json" in done.stderr
+    assert done.stderr.count("\n") == 1 and "none: no eval.json" in done.stderr
+
+
+def test_wilson_interval_stays_inside_zero_and_one():
+    """At 0 of 10 the upper end is z^2 / (n + z^2); a half counts as half a hit; many hits come close to p +- z sqrt(p q / n)."""
+    assert report.wilson(0, 10) == pytest.approx([0, 1.96 ** 2 / (10 + 1.96 ** 2)])
+    assert report.wilson(10, 10)[1] == pytest.approx(1) and report.wilson(4.5, 10)[0] < 0.45
+    assert report.wilson(5000, 10000) == pytest.approx([0.5 - 0.0098, 0.5 + 0.0098], abs=1e-5)
 
 
 def test_it_imports_nothing_of_ours():

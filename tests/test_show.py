@@ -243,7 +243,7 @@ def test_the_preset_of_a_run_is_found_again(tmp_path, preset, more):
     found = drpo.parse(["all", *show.recorded(tmp_path, [])])[1]
     assert vars(found) == vars(s) | {"run_dir": str(tmp_path)}
     assert drpo.parse(["all", *show.recorded(tmp_path, ["--preset", "hh"]), "--preset", "hh"])[1].sft_steps == s.sft_steps
-    (tmp_path / "report.json").write_text(json.dumps({"settings": vars(s) | {"beta": 0.25, "device": "cuda:7", "seeds": [1]}}))
+    (tmp_path / "eval.json").write_text(json.dumps({"settings": vars(s) | {"beta": 0.25, "device": "cuda:7", "seeds": [1]}}))
     again = drpo.parse(["all", *show.recorded(tmp_path, [])])[1]
     assert (again.preset, again.beta, again.device, again.seeds) == (preset, 0.25, s.device, [])
 

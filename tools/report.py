@@ -2,8 +2,8 @@
 
     python -m tools.report RUN_DIR [RUN_DIR ...]
 
-A folder with seed_K/report.json in it is a run over several seeds: its table has mean and spread, and it gets a report.json
-of its own. Any other folder is a single run, and needs the report.json and samples.jsonl that `drpo.py eval` writes.
+A folder with seed_K/eval.json in it is a run over several seeds: its table has mean and spread, and it gets a report.json
+of its own. Any other folder is a single run, and needs the eval.json and samples.jsonl that `drpo.py eval` writes.
 """
 import argparse
 import json
@@ -58,6 +58,35 @@ def spread(values):
     given = [value for value in values if value is not None]
     return {"mean": statistics.mean(given), "std": statistics.stdev(given) if len(given) > 1 else None,
             "min": min(given), "max": max(given), "n": len(given), "values": values}
+
+
+def wilson(hits, n, z=1.96):
+    """Hits among n, ties as halves -> the 95 % interval [low, high] of their share, which behaves at 0 and 1 as +- does not."""
+    p = hits / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+
+
+def mean_interval(values, z=1.96):
+    """-> the 95 % interval [low, high] of the mean by the normal approximation."""
+    mean, half = statistics.fmean(values), z * statistics.pstdev(values) / math.sqrt(len(values))
+    return [mean - half, mean + half]
+
+
+def summarise(known, samples):
+    """What `drpo.py eval` left -> report.json: each method's mean of each metric, with its 95 % interval over the prompts."""
+    methods = {name: {} for name in METHODS if name in samples[0]}
+    for name, figures in methods.items():
+        for key in METRICS:
+            values = [row[name][key] for row in samples]
+            shares = key in ("win_rate", "eos_rate")
+            figures[key] = statistics.fmean(values)
+            figures[f"{key}_ci95"] = wilson(sum(values), len(values)) if shares else mean_interval(values)
+    rm, batches = known["rm"], known["rm"]["accuracy_by_batch"]
+    right, pairs = [sum(batch[key] for batch in batches.values()) for key in ("right", "pairs")]
+    rm = {**rm, "accuracy_ci95": wilson(right, pairs), "accuracy_by_batch": {
+        name: {**batch, "accuracy_ci95": wilson(batch["right"], batch["pairs"])} for name, batch in sorted(batches.items())}}
+    return {"methods": methods, **known, "rm": rm}
 
 
 def t_interval(stats):
@@ -156,10 +185,11 @@ def publish(run, folders, settings, *parts):
 
 
 def write_single(run):
-    """report.md and curves.png of one run -> the table for the terminal."""
-    report, samples = read(run / "report.json"), read(run / "samples.jsonl", lines=True)
-    methods = {name: report["methods"][name] for name in METHODS if name in report["methods"]}
-    rm, seconds = report["rm"], report["seconds"]
+    """report.json, report.md and curves.png of one run -> the table for the terminal."""
+    samples = read(run / "samples.jsonl", lines=True)
+    report = summarise(read(run / "eval.json"), samples)
+    (run / "report.json").write_text(json.dumps(report, indent=1))
+    methods, rm, seconds = report["methods"], report["rm"], report["seconds"]
     each = ", ".join(f"{METHODS.get(stage, 'RM')} {value:.0f}" for stage, value in seconds.items())
     notes = [f"reward model accuracy: {rm['accuracy']:.3f} {bracket(rm['accuracy_ci95'], 3)}",
              *measured(report["settings"], len(samples)), f"seconds: {each}; in all {sum(seconds.values()):.0f}"]
@@ -171,9 +201,9 @@ def write_single(run):
 
 def write_seeds(run, folders):
     """report.json, report.md and curves.png over the seeds of a run -> the table for the terminal."""
-    reports = [read(folder / "report.json") for folder in folders]
+    samples = [read(folder / "samples.jsonl", lines=True) for folder in folders]
+    reports = [summarise(read(folder / "eval.json"), rows) for folder, rows in zip(folders, samples)]
     seeds = [each["settings"]["seed"] for each in reports]
-    prompts = len(read(folders[0] / "samples.jsonl", lines=True))
     methods = {name: {key: spread([each["methods"].get(name, {}).get(key) for each in reports]) for key in METRICS}
                for name in METHODS if any(name in each["methods"] for each in reports)}
     accuracy = spread([each["rm"]["accuracy"] for each in reports])
@@ -203,7 +233,7 @@ def write_seeds(run, folders):
         notes.append(f"win rate of DR-PO minus PPO, paired by seed: {gain['mean']:+.3f}, "
                      f"95 % t-interval {bracket(t_interval(gain), 3)}; {each}")
     notes += [f"reward model accuracy: {accuracy['mean']:.3f} ({accuracy['min']:.3f}-{accuracy['max']:.3f})",
-              *measured(settings, prompts)]
+              *measured(settings, len(samples[0]))]
     publish(run, folders, settings, f"# Run {run}, {len(seeds)} seeds", table(rows, markdown=True),
             "\n".join(f"- {note}" for note in notes), "## Win rate of each seed", table(per_seed, markdown=True),
             f"Each seed's own report, with samples: `python -m tools.report {run}/seed_*`")
@@ -211,15 +241,13 @@ def write_seeds(run, folders):
 
 
 def write(run_dir):
-    """A run's folder, single or over seeds -> the table for the terminal; report.md and curves.png are then in the folder.
-
-    seed_*/report.json tells the two apart: after the first call a run over seeds has a report.json of its own as well."""
+    """A run's folder, single or over seeds -> the table for the terminal; report.json, .md and curves.png then lie in it."""
     run = Path(run_dir)
-    folders = [path.parent for path in run.glob("seed_*/report.json")]
+    folders = [path.parent for path in run.glob("seed_*/eval.json")]
     if folders:
         return write_seeds(run, sorted(folders, key=lambda folder: (len(folder.name), folder.name)))  # seed_2, seed_10
-    if not (run / "report.json").exists():
-        fail(f"{run}: no report.json in it nor in seed_K folders below; make it with: python drpo.py eval --run_dir {run}")
+    if not (run / "eval.json").exists():
+        fail(f"{run}: no eval.json in it nor in seed_K folders below; make it with: python drpo.py eval --run_dir {run}")
     return write_single(run)
 
 

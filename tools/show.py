@@ -98,24 +98,16 @@ def show_rollouts(s, count):
     rows = drpo.load_rows(s.dataset if s.reset_to == "reference" else s.preference_dataset, "reference", s.seed)[0]
     tokenizer, trained = drpo.load_tokenizer(f"{run}/sft", s), (run / "drpo" / "result.json").exists()
     sft, (backbone, head) = drpo.load_network(f"{run}/sft", s, full=full), drpo.load_reward(f"{run}/rm", s, full)
-    policy, eos = drpo.load_network(f"{run}/drpo", s, full=full) if trained else sft, tokenizer.eos_token_id
+    policy = drpo.load_network(f"{run}/drpo", s, full=full) if trained else sft
     print(f"policy: {run}/{'drpo' if trained else 'sft, which RL starts from'}; beta {s.beta:g}, reset to {s.reset_to}, "
           f"temperature {s.temperature:g}, kl_coef {s.kl_coef:g}\n"
           "log pi, value: read one column to the left of the token; value: the critic as RL starts, which is the reward model\n"
           f"KL: log pi - log pi_SFT where sampled; reward: -kl_coef KL{', before whitening' * s.whiten_rewards}, and the score")
 
-    episodes, rng = drpo.draw(rows, s.batch_size, 0, s.seed, "rl"), drpo.generator(s.seed, "rollout", 0)
-    queries = [drpo.encode_query(row["prompt"], tokenizer, s.query_length) for row in episodes]
-    prefixes = [[token for token in drpo.encode_response(row["reference"], tokenizer, T) if token != eos][:T - 1]
-                for row in episodes]
-    available = torch.tensor([len(ids) for ids in prefixes])
-    reset_len = drpo.sample_reset_lengths(available, s.beta, rng, s.reset_include_prompt)[:count]
-    prefixes, uniforms = [ids[:n] for ids, n in zip(prefixes, reset_len.tolist())], torch.rand(s.batch_size, T, generator=rng)
-    responses = drpo.rollout(policy, queries[:count], prefixes, uniforms[:count], tokenizer, s, s.temperature,
-                             stop_at_eos=s.masking == "sampled")
-    batch, reset_len = drpo.pack(queries[:count], responses, eos, s.device, width=T), reset_len.to(s.device)
-    has_eos = torch.tensor([eos in ids for ids in responses], device=s.device)
-    batch["response_len"] = torch.tensor([ids.index(eos) + 1 if eos in ids else T for ids in responses], device=s.device)
+    batch = {name: x[:count] for name, x in drpo.reset_rollouts(policy, rows, 0, tokenizer, s).items()}
+    reset_len, has_eos = batch["reset_len"], batch["has_eos"]
+    episodes = drpo.draw(rows, count, 0, s.seed, "rl")
+    available = [len(drpo.encode_response(row["reference"], tokenizer, T)) - 1 for row in episodes]  # EOS, or the cut, aside
     masks = drpo.token_masks(reset_len, batch["response_len"], T, s.masking)
     logprobs, ref_logprobs = [drpo.response_logprobs(network, batch, s.temperature)[0] for network in (policy, sft)]
     values = drpo.apply_head(head, drpo.response_states(backbone, batch)[:, :-1])
@@ -137,7 +129,7 @@ def show_rollouts(s, count):
 def recorded(run, given):
     """The settings that a run was made with, as arguments. A preset, the likeliest where none is given, tells the rest."""
     known = {}
-    for stage, path in {"": "report.json", "sft": "sft/result.json", "rm": "rm/result.json", "drpo": "drpo/result.json"}.items():
+    for stage, path in {"": "eval.json", "sft": "sft/result.json", "rm": "rm/result.json", "drpo": "drpo/result.json"}.items():
         try:
             known |= json.loads((run / path).read_text())["settings"]
         except FileNotFoundError:
