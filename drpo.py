@@ -181,6 +181,7 @@ PRESETS = {
                  eval_samples=500, eval_temperature=0.7),
 }
 REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000     # rows that the reward bias and the accuracy are measured on, at most
+LOGITS_AT_ONCE = 2 ** 23                             # how many logits exist at a time: 32 MB of float32, twice
 USES = {"sft": ("data", "sft"), "rm": ("data", "sft", "rm"), "dpo": ("data", "sft", "policy", "dpo"),
         "ppo": ("data", "sft", "rm", "policy", "rl"), "drpo": ("data", "sft", "rm", "policy", "rl")}
 
@@ -294,12 +295,14 @@ def response_mask(batch):
 
 
 def micro_batches(batch, s):
-    """Yields (row indices, batch of those rows), at most `micro_batch` rows each: rows of like length together, without the
-    columns of left padding that none of them needs."""
-    for rows in batch["query_mask"].sum(1).argsort(stable=True).split(s.micro_batch):
+    """Yields (row indices, batch of those rows), at most `micro_batch` rows each: rows of like length together, the longest
+    first, without the columns of padding that none of them needs (masking "official" sees those after the response)."""
+    for rows in (-batch["query_mask"].sum(1) - batch["response_len"]).argsort(stable=True).split(s.micro_batch):
         part = {name: x[rows] for name, x in batch.items()}
         start = int(part["query_mask"].any(0).int().argmax())
-        yield rows, {**part, "query": part["query"][:, start:], "query_mask": part["query_mask"][:, start:]}
+        T = int(part["response_len"].max()) if s.masking == "sampled" else None
+        yield rows, {**part, "query": part["query"][:, start:], "query_mask": part["query_mask"][:, start:],
+                     "response": part["response"][:, :T]}
 
 
 def draw(rows, size, update, seed, stream):
@@ -351,7 +354,15 @@ def load_network(name, s, cls=AutoModelForCausalLM, full=False, **kwargs):
     """A network of transformers, in eval mode on the device. Weights that will all be trained (`full`) are float32."""
     dtype = torch.float32 if full else getattr(torch, s.dtype)
     network = load(cls, name, s, dtype=dtype, **kwargs)
-    return network.to(s.device, dtype).eval() if isinstance(network, nn.Module) else stop(f"--model {name}: gives no network")
+    if not isinstance(network, nn.Module):
+        stop(f"--model {name}: gives no network")
+    network = network.to(s.device, dtype).eval()
+    if cls is AutoModelForCausalLM:
+        (body, head), some = body_and_head(network), torch.arange(8, device=s.device)[None]
+        with torch.no_grad():
+            if not torch.allclose(head(body(some).last_hidden_state), network(some).logits, rtol=0.1, atol=0.1):
+                stop(f"--model {name}: its logits are scaled or capped, and not just a linear map of its last states")
+    return network
 
 
 def load_reward(folder, s, full=False):
@@ -409,19 +420,77 @@ def inputs(batch):
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
 
 
-def response_logprobs(network, batch, temperature=1.0):
-    """-> log pi(a_t | s_t) (B, T) and the entropy of pi(. | s_t) (B, T), both float32, at the given temperature."""
-    T = batch["response"].shape[1]
-    logits = network(**inputs(batch), logits_to_keep=T + 1).logits[:, :-1].float() / temperature
-    every = logits.log_softmax(-1)
-    logprobs, every = every.gather(-1, batch["response"][..., None])[..., 0], every.detach()
-    return logprobs, -(every.exp() * every).sum(-1)
+def body_and_head(network):
+    """-> the transformer without its head, and the linear layer that makes logits of its states; the adapter stays on."""
+    network = network.get_base_model() if hasattr(network, "get_base_model") else network
+    return network.base_model, network.get_output_embeddings()
 
 
-def response_states(backbone, batch):
+class TokenLogprobs(torch.autograd.Function):
+    """States (N, d), the head's weight (V, d) and bias (V,) or None, tokens (N,) -> ln pi(token | state) and the entropy of
+    pi(. | state), (N,) float32 each; no gradient flows through the entropy.
+
+    Logits exist for a few rows at a time, in two buffers: no (N, V) is held, neither now nor for backward. What backward
+    needs is one vector a token, d ln pi_a / d state = (W_a - sum_v pi_v W_v) / temperature, taken while pi is at hand."""
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, tokens, temperature):
+        device, (N, V) = states.device, (len(states), len(weight))
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        h, W, size = states.to(dtype), weight.to(dtype), max(1, LOGITS_AT_ONCE // V)
+        buffers = torch.empty(2, min(size, N), V, device=device)
+        products = buffers[0] if dtype == torch.float32 else torch.empty_like(buffers[0], dtype=dtype)
+        logprobs, entropy, slope = *torch.empty(2, N, device=device), torch.empty_like(states)
+        for rows in [slice(i, i + size) for i in range(0, N, size)]:
+            n = len(h[rows])
+            logits, pi = buffers[0, :n], buffers[1, :n]
+            logits.copy_(torch.mm(h[rows], W.T, out=products[:n]))
+            logits.add_(0.0 if bias is None else bias).div_(temperature)
+            top = logits.amax(1, keepdim=True)
+            total = torch.sub(logits, top, out=pi).exp_().sum(1)
+            normaliser = top[:, 0] + total.log()                      # ln sum exp
+            logprobs[rows] = logits.gather(1, tokens[rows, None])[:, 0] - normaliser
+            entropy[rows] = normaliser - torch.einsum("nv,nv->n", pi, logits) / total
+            if ctx.needs_input_grad[0]:
+                slope[rows] = (W[tokens[rows]] - pi.to(dtype) @ W / total[:, None]) / temperature
+        ctx.save_for_backward(slope, states, weight, bias, tokens)
+        ctx.size, ctx.dtype, ctx.temperature = size, dtype, temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        slope, states, weight, bias, tokens = ctx.saved_tensors
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:                                   # a head that is trained: pi once more
+            h, grad_weight, grad_bias = states.to(ctx.dtype), torch.zeros_like(weight), torch.zeros_like(weight[:, 0])
+            for rows in [slice(i, i + ctx.size) for i in range(0, len(states), ctx.size)]:
+                logits = F.linear(h[rows], weight.to(ctx.dtype)).float() + (0.0 if bias is None else bias)
+                scaled = grad[rows, None] / ctx.temperature
+                grad_logits = -scaled * (logits / ctx.temperature).softmax(1)
+                grad_logits.scatter_add_(1, tokens[rows, None], scaled)
+                grad_weight += grad_logits.to(ctx.dtype).T @ h[rows]
+                grad_bias += grad_logits.sum(0)
+        return grad[:, None] * slope, grad_weight, None if bias is None else grad_bias, None, None
+
+
+def token_logprobs(head, states, tokens, temperature=1.0):
+    """ln pi(token | state) and the entropy, (N,) float32 each, from a linear head, states (N, d) and tokens (N,)."""
+    return TokenLogprobs.apply(states, head.weight, head.bias, tokens, temperature)
+
+
+def response_logprobs(network, batch, temperature=1.0, mask=None):
+    """-> log pi(a_t | s_t) and the entropy of pi(. | s_t), (B, T) float32 each, at the given temperature. Only where the mask
+    (B, T) is 1 are they computed; they are 0 elsewhere. Without a mask: on the whole response."""
+    mask, (body, head) = response_mask(batch) if mask is None else mask, body_and_head(network)
+    states, zeros = response_states(body, batch)[:, :-1][mask], torch.zeros(mask.shape, device=mask.device)
+    return [zeros.masked_scatter(mask, x) for x in token_logprobs(head, states, batch["response"][mask], temperature)]
+
+
+def response_states(body, batch):
     """-> hidden states (B, T+1, d) float32: [:, t] is the state before response token t, [:, response_len] the one at EOS."""
     T = batch["response"].shape[1]
-    return backbone(**inputs(batch)).last_hidden_state[:, -T - 1:].float()
+    return body(**inputs(batch)).last_hidden_state[:, -T - 1:].float()
 
 
 def apply_head(head, states):
@@ -541,12 +610,13 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
 
     The prefix is fed with the query, so only what is left is decoded. Token t of row i is the inverse of the policy's
     cumulative distribution at uniforms[i, t]: exactly the softmax that is scored later, and the same token whatever rows
-    are decoded beside it. Rows with about as much left to decode go together, and leave when they have ended.
+    are decoded beside it. Rows with about as much left to decode go together, and leave when they have ended; four times as
+    many as in a micro-batch, since nothing is kept for backward.
     queries, prefixes: B lists of ids; uniforms (B, T) in [0, 1) -> responses, B lists of at most T ids, EOS included."""
     T, responses = uniforms.shape[1], [list(prefix) for prefix in prefixes]
     order = sorted(range(len(queries)), key=lambda row: -len(prefixes[row]))
-    for first in range(0, len(order), s.micro_batch):
-        rows = order[first:first + s.micro_batch]
+    for first in range(0, len(order), 4 * s.micro_batch):
+        rows = order[first:first + 4 * s.micro_batch]
         start = pack([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
         tokens, mask, cache = start["query"], start["query_mask"], None
         while rows:
@@ -698,10 +768,10 @@ def train_sft(s):
 
     def token_losses(batch):
         """-> the sum of the tokens' losses, and their number."""
-        given, valid = inputs(batch), torch.cat([batch["query_mask"], response_mask(batch)], 1)
-        targets = given["input_ids"].masked_fill(~valid, -100)[:, 1:].masked_fill(~valid[:, :-1], -100)
-        logits = network(**given).logits[:, :-1].float()
-        return F.cross_entropy(logits.transpose(1, 2), targets, reduction="sum"), (targets != -100).sum()
+        (body, head), valid = body_and_head(network), torch.cat([batch["query_mask"], response_mask(batch)], 1)
+        given, has_target = inputs(batch), valid[:, 1:] & valid[:, :-1]
+        states = body(**given).last_hidden_state[:, :-1][has_target].float()
+        return -token_logprobs(head, states, given["input_ids"][:, 1:][has_target])[0].sum(), has_target.sum()
 
     updates = s.sft_steps or max(1, len(rows) // s.sft_batch_size)
     for update, optimizer, metrics in training("sft", updates, s.sft_lr, nn.ModuleDict({"policy": network}), s):
@@ -823,10 +893,11 @@ def train_drpo(s, stage="drpo"):
             logprobs, ref_logprobs, entropy, values = torch.zeros(4, B, T, device=s.device)
             scores = torch.zeros(B, device=s.device)
             for chunk, part in micro_batches(batch, s):
-                logprobs[chunk], entropy[chunk] = response_logprobs(policy, part, s.temperature)
-                values[chunk] = apply_head(value_head, response_states(critic, part)[:, :-1])
+                at = chunk[:, None], torch.arange(part["response"].shape[1], device=s.device)  # its rows and columns
+                logprobs[at], entropy[at] = response_logprobs(policy, part, s.temperature, in_rest[at])
+                values[at] = apply_head(value_head, response_states(critic, part)[:, :-1])
                 with reference() as network:
-                    ref_logprobs[chunk], _ = response_logprobs(network, part, s.temperature)
+                    ref_logprobs[at], _ = response_logprobs(network, part, s.temperature, in_rest[at])
                 with reward() as network:
                     scores[chunk] = end_scores(network, reward_head, part)
             log_ratios = log_ratio(logprobs, ref_logprobs, sampled)
@@ -845,15 +916,16 @@ def train_drpo(s, stage="drpo"):
         new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
         for epoch in range(s.epochs):
             for chunk, part in micro_batches(batch, s):
-                part_logprobs, _ = response_logprobs(policy, part, s.temperature)
+                at = chunk[:, None], torch.arange(part["response"].shape[1], device=s.device)
+                mask, rest = in_policy_loss[at], in_rest[at]
+                part_logprobs, _ = response_logprobs(policy, part, s.temperature, rest)
                 part_values = apply_head(value_head, response_states(critic, part)[:, :-1])
-                mask, rest = in_policy_loss[chunk], in_rest[chunk]
-                pg_loss, _ = ppo_policy_loss(part_logprobs, logprobs[chunk], advantages[chunk], mask, s.cliprange)
-                vf_loss, _ = ppo_value_loss(part_values, values[chunk], returns[chunk], rest, s.cliprange_value)
+                pg_loss, _ = ppo_policy_loss(part_logprobs, logprobs[at], advantages[at], mask, s.cliprange)
+                vf_loss, _ = ppo_value_loss(part_values, values[at], returns[at], rest, s.cliprange_value)
                 # a mean over some rows, times their share of the tokens: summed up, the mean over the whole batch
                 loss = pg_loss * mask.sum() / in_policy_loss.sum() + s.vf_coef * vf_loss * rest.sum() / in_rest.sum()
                 loss.backward()
-                new_logprobs[epoch, chunk], new_values[epoch, chunk] = part_logprobs.detach(), part_values.detach()
+                new_logprobs[epoch][at], new_values[epoch][at] = part_logprobs.detach(), part_values.detach()
             drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
             if epoch == 0 and drift > tolerance:
                 stop(f"{where}: before any step the policy differs from the one that sampled (ln ratio up to {drift:.1e}, "
@@ -907,7 +979,7 @@ def first_update_checks(log_ratios, reset_len, reward, reward_head, references, 
 
 def sequence_logprobs(network, batch, temperature=1.0):
     """ln pi(response | query), (B,)."""
-    return torch.where(response_mask(batch), response_logprobs(network, batch, temperature)[0], 0.0).sum(1)
+    return response_logprobs(network, batch, temperature)[0].sum(1)
 
 
 def per_row(function, rows, responses, s, tokenizer):

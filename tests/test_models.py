@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
                           GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast)
 
@@ -288,6 +289,58 @@ def test_logprobs_of_a_padded_batch_are_those_of_single_rows(make, temperature):
                                    rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("logits_at_once", [1, 3 * 7, 1000])           # a row at a time, three rows, all eleven
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 7, dtype=torch.float32)])
+def test_token_logprobs_and_their_gradients_are_those_of_a_log_softmax(monkeypatch, logits_at_once, bias):
+    monkeypatch.setattr(drpo, "LOGITS_AT_ONCE", logits_at_once)
+    rng = torch.Generator().manual_seed(0)
+    states, weight, direction = [torch.randn(*shape, generator=rng) for shape in ((11, 5), (7, 5), (11,))]
+    tokens, results = torch.randint(7, (11,), generator=rng), []
+    for ours in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (states, weight, *([] if bias is None else [bias]))]
+        head = SimpleNamespace(weight=leaves[1], bias=None if bias is None else leaves[2])
+        if ours:
+            logprobs, entropy = drpo.token_logprobs(head, leaves[0], tokens, 0.7)
+        else:
+            every = (torch.nn.functional.linear(leaves[0], leaves[1], head.bias) / 0.7).log_softmax(-1)
+            logprobs, entropy = every.gather(1, tokens[:, None])[:, 0], -(every.exp() * every).sum(-1).detach()
+        assert not entropy.requires_grad
+        (logprobs * direction).sum().backward()
+        results.append([logprobs.detach(), entropy, *(leaf.grad for leaf in leaves)])
+    for mine, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_token_logprobs_of_no_token_at_all_are_empty_and_give_a_zero_gradient():
+    states, head = torch.zeros(0, 5, requires_grad=True), torch.nn.Linear(5, 7)
+    logprobs, _ = drpo.token_logprobs(head, states, torch.zeros(0, dtype=torch.long))
+    logprobs.sum().backward()
+    assert logprobs.shape == (0,) and states.grad.shape == (0, 5) and not head.weight.grad.any()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation makes inside the context."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(x, torch.Tensor)]
+        self.numel = max([getattr(self, "numel", 0), *sizes])
+        return made
+
+
+def test_scoring_and_its_gradient_hold_logits_of_a_few_rows_only(monkeypatch):
+    """Six rows of seven steps have 6 * 7 * 64 = 2,688 logits; 4 rows at a time, in two buffers, are 512."""
+    monkeypatch.setattr(drpo, "LOGITS_AT_ONCE", 4 * VOCABULARY)
+    network, (_, _, batch) = gpt_neox(), ragged()
+    states = drpo.response_states(network.base_model, batch).detach().requires_grad_()
+    leaf = SimpleNamespace(base_model=lambda **given: SimpleNamespace(last_hidden_state=states),
+                           get_output_embeddings=network.get_output_embeddings)
+    network.requires_grad_(False)                                     # as under LoRA: the head is frozen
+    with LargestTensor() as largest:
+        drpo.sequence_logprobs(leaf, batch).sum().backward()
+    assert largest.numel <= max(2 * 4 * VOCABULARY, VOCABULARY * 32, states.numel())  # the buffers, W transposed, the states
+    assert states.grad.abs().sum() > 0
+
+
 @every_network
 @torch.no_grad()
 def test_logprobs_would_show_a_forgotten_attention_mask(make, monkeypatch):
@@ -532,16 +585,18 @@ def sampled_mask(batch):
 
 def test_only_the_decisions_that_the_policy_sampled_get_a_policy_gradient():
     network, (_, _, batch) = gpt_neox(), ragged()
-    mask, advantages = sampled_mask(batch), torch.linspace(-2, 3, 42).reshape(6, 7)
+    mask, advantages, body = sampled_mask(batch), torch.linspace(-2, 3, 42).reshape(6, 7), network.base_model
 
-    def with_leaf(logits_to_keep, **given):
-        with_leaf.logits = network(**given).logits.detach().requires_grad_()                     # over all columns
-        return SimpleNamespace(logits=with_leaf.logits[:, -logits_to_keep:])
+    def with_leaf(**given):
+        with_leaf.states = body(**given).last_hidden_state.detach().requires_grad_()             # over all columns
+        return SimpleNamespace(last_hidden_state=with_leaf.states)
 
-    logprobs, _ = drpo.response_logprobs(with_leaf, batch, 0.7)
-    drpo.ppo_policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2)[0].backward()
-    touched = (with_leaf.logits.grad != 0).any(-1)
-    assert torch.equal(touched, seen(batch, mask))
+    leaf = SimpleNamespace(base_model=with_leaf, get_output_embeddings=network.get_output_embeddings)
+    for given in (None, mask):                                        # computed on the whole response, or where it is needed
+        logprobs, _ = drpo.response_logprobs(leaf, batch, 0.7, given)
+        drpo.ppo_policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2)[0].backward()
+        touched = (with_leaf.states.grad != 0).any(-1)
+        assert torch.equal(touched, seen(batch, mask))
 
 
 def test_only_the_states_in_which_the_policy_acted_get_a_value_gradient():
