@@ -62,8 +62,9 @@ def test_every_update_leaves_a_line_of_metrics(tiny):
 def test_the_first_update_prints_three_self_checks_for_ppo_and_drpo(tiny):
     checks = re.findall(r"check: .*", tiny[1].stderr + tiny[1].stdout)
     assert len(checks) == 6
-    assert "check: 0.00 of the rollouts start from a reset, and beta is 0" in checks[0]
-    assert "is at most 0.0e+00 before the first step" in checks[1]
+    assert checks[0].startswith("check: SFT references score ")
+    assert "check: 0.00 of the rollouts start from a reset, and beta is 0" in checks[1]
+    assert "is at most 0.0e+00 before the first step" in checks[2]
 
 
 def test_the_same_command_again_keeps_what_is_finished(tiny):

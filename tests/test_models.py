@@ -922,7 +922,7 @@ def test_dropout_stops_the_run(start, tmp_path, monkeypatch, capsys, other_check
         return network
     monkeypatch.setattr(drpo, "load_network", with_dropout)
     if not other_checks:                                              # then the ratio alone has to find it
-        monkeypatch.setattr(drpo, "first_update_checks", lambda *_: None)
+        monkeypatch.setattr(drpo, "check_first_update", lambda *_: None)
     stops(capsys, start(tmp_path), *([] if other_checks else ["drpo update 1", "dropout"]))
 
 

@@ -109,7 +109,8 @@ def show_rollouts(s, count):
     episodes = drpo.draw(rows, count, 0, s.seed, "rl")
     available = [len(drpo.encode_response(row["reference"], tokenizer, T)) - 1 for row in episodes]  # EOS, or the cut, aside
     masks = drpo.token_masks(reset_len, batch["response_len"], T, s.masking)
-    logprobs, ref_logprobs = [drpo.response_logprobs(network, batch, s.temperature)[0] for network in (policy, sft)]
+    everywhere = torch.ones_like(masks[0])                            # of the prefix too, which training has no need of
+    logprobs, ref_logprobs = [drpo.response_logprobs(network, batch, s.temperature, everywhere)[0] for network in (policy, sft)]
     values = drpo.apply_head(head, drpo.response_states(backbone, batch)[:, :-1])
     scores = torch.where(has_eos, drpo.end_scores(backbone, head, batch), s.missing_eos_score)
     rewards = drpo.penalised_rewards(scores, logprobs, ref_logprobs, masks[0], s.kl_coef)
