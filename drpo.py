@@ -53,7 +53,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -64,7 +63,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from rouge_score.rouge_scorer import RougeScorer
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser,
@@ -94,6 +92,7 @@ class Settings:
     seeds: list[int] = setting("run", [], "repeat with each of these seeds in RUN_DIR/seed_K, then tabulate mean and range")
     micro_batch: int = setting("run", 8, "rows per forward pass; changes memory and speed, never the result")
     save_every: int = setting("run", 100, "updates between checkpoints; the last update is always kept")
+    keep: int = setting("run", 1, "how many of the newest checkpoints stay on the disk")
     device: str = setting("run", "auto", "cpu, cuda, cuda:1 ...; auto takes cuda where there is one")
 
     seed: int = setting("data", 0, "of everything random: data, weights, order, resets, sampling")
@@ -676,26 +675,40 @@ def training(stage, updates, lr, modules, s):
     """Yields (update, optimizer, metrics) for each update still to do; what the loop body puts into `metrics` is logged.
 
     AdamW with eps 1e-5, lr linear from `lr` to lr / updates. Randomness depends on seed and update number alone, so a
-    checkpoint is no more than trained weights, optimizer state and a number, and an interrupted stage goes on from it."""
-    folder = Path(s.run_dir) / stage
+    checkpoint is no more than trained weights, optimizer state and a number, and an interrupted stage goes on from it.
+    SIGTERM and SIGINT let the update end, save, and end the run with status 0. Without tools/ there are no checkpoints."""
     params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=lr, eps=1e-5)
-    done = load_checkpoint(folder / "checkpoint", params, optimizer, s, stage)
+    folder, done = Path(s.run_dir) / stage, 0
+    try:
+        from tools import checkpoint
+    except ModuleNotFoundError:
+        checkpoint = None
+    if checkpoint and (found := checkpoint.newest(folder / "checkpoint")):
+        refuse_if_changed(found / "state.json", s, stage)
+        done = checkpoint.load(found, params, optimizer)
+        print(f"{stage}: goes on after update {done}, from {found}")
     log = folder / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if done else "")
     bar = tqdm(range(done, updates), initial=done, total=updates, desc=f"{stage:4}", unit="update")
-    for update in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - update / updates)
-        metrics, began = {"update": update + 1, "lr": group["lr"]}, time.perf_counter()
-        yield update, optimizer, metrics
-        metrics["seconds"] = time.perf_counter() - began
-        with log.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        shown = [name for name in ("loss", "accuracy", "score", "kl", "eos_rate", "response_tokens") if name in metrics]
-        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
-        if (update + 1) % s.save_every == 0 or update + 1 == updates:
-            save_checkpoint(folder / "checkpoint", update + 1, params, optimizer, s, stage)
+    with checkpoint.requests_to_stop() if checkpoint else contextlib.nullcontext() as asked_to_stop:
+        for update in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - update / updates)
+            metrics, began = {"update": update + 1, "lr": group["lr"]}, time.perf_counter()
+            yield update, optimizer, metrics
+            metrics["seconds"] = time.perf_counter() - began
+            with log.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            shown = [name for name in ("loss", "accuracy", "score", "kl", "eos_rate", "response_tokens") if name in metrics]
+            bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
+            if checkpoint and ((update + 1) % s.save_every == 0 or update + 1 == updates or asked_to_stop):
+                try:
+                    checkpoint.save(folder / "checkpoint", update + 1, params, optimizer, relevant(s, stage), s.keep)
+                except OSError as error:
+                    stop(f"{folder}/checkpoint: update {update + 1} cannot be saved ({error}); what was saved before is whole", 3)
+            if asked_to_stop and update + 1 < updates:
+                stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command goes on from there", 0)
 
 
 def step(optimizer, s, where):
@@ -721,33 +734,6 @@ def refuse_if_changed(path, s, stage):
     changed = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
     if changed:
         stop(f"{folder} was made with other settings ({'; '.join(changed)}): name another --run_dir, or delete {folder}")
-
-
-def save_checkpoint(folder, update, params, optimizer, s, stage):
-    """Written under another name, then renamed: a reader finds the old checkpoint or the new one, whole."""
-    new, done = folder / "new", folder / f"{update:06d}"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    save_file({name: p.detach().contiguous() for name, p in params.items()}, new / "trained.safetensors")
-    torch.save(optimizer.state_dict(), new / "optimizer.pt")
-    (new / "settings.json").write_text(json.dumps({"settings": relevant(s, stage)}, indent=1))
-    new.rename(done)
-    for old in folder.iterdir():
-        if old != done:
-            shutil.rmtree(old)
-
-
-def load_checkpoint(folder, params, optimizer, s, stage):
-    """Loads the newest checkpoint in place -> the number of updates done, 0 where there is none."""
-    found = sorted(folder.glob("[0-9]" * 6))
-    if not found:
-        return 0
-    refuse_if_changed(found[-1] / "settings.json", s, stage)
-    for name, tensor in load_file(found[-1] / "trained.safetensors").items():
-        params[name].data.copy_(tensor)
-    optimizer.load_state_dict(torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True))
-    print(f"{stage}: goes on after update {int(found[-1].name)}, from {found[-1]}")
-    return int(found[-1].name)
 
 
 def train_sft(s):

@@ -51,7 +51,7 @@ def test_every_update_leaves_a_line_of_metrics(tiny):
     for stage, updates in [("sft", 3), ("rm", 3), ("dpo", 2), ("ppo", 2), ("drpo", 2)]:
         lines = [json.loads(line) for line in (tiny[0] / stage / "metrics.jsonl").read_text().splitlines()]
         assert [line["update"] for line in lines] == list(range(1, updates + 1))
-        assert (tiny[0] / stage / "checkpoint" / f"{updates:06d}" / "trained.safetensors").exists()
+        assert (tiny[0] / stage / "checkpoint" / f"{updates:06d}" / "tensors.safetensors").exists()
     glossary = README.partition("## Metrics")[2].partition("## The TL;DR")[0]
     named = set(re.findall(r"`([a-z_0-9*]+)`", glossary))
     missing = [name for name in lines[0] if name not in named | {"update", "loss", "pg_loss", "seconds"}

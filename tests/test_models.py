@@ -137,7 +137,8 @@ def outcome(s, stage):
     [checkpoint] = Path(s.run_dir, stage, "checkpoint").iterdir()
     metrics = [json.loads(line) for line in Path(s.run_dir, stage, "metrics.jsonl").read_text().splitlines()]
     timed = {name for name in metrics[0] if name.startswith("seconds")} | {"tokens_per_second"}
-    return (load_file(checkpoint / "trained.safetensors"),
+    tensors = load_file(checkpoint / "tensors.safetensors")
+    return ({name.removeprefix("param."): tensor for name, tensor in tensors.items() if name.startswith("param.")},
             [{name: value for name, value in line.items() if name not in timed} for line in metrics])
 
 
