@@ -47,7 +47,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -74,6 +74,14 @@ def stop(message, status=2):
     """One line on stderr, and the end. Status 2: the person at the keyboard can mend it; 3: this run must not go on."""
     tqdm.write(f"drpo.py: {' '.join(str(message).split())}", file=sys.stderr)  # on a line of its own, also below a bar
     raise SystemExit(status)
+
+
+def tool(name):
+    """tools/NAME.py: what a reader of the method need not read. Without tools/ this file still trains, on rows of one's own."""
+    try:
+        return importlib.import_module(f"tools.{name}")
+    except ModuleNotFoundError:
+        stop(f"this needs tools/{name}.py, and tools/ beside drpo.py")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,9 +231,8 @@ def load_rows(source, kind, seed):
     if function := resolve(source):
         splits = [call(function, split=split, seed=seed) for split in ("train", "validation")]
     else:
-        from tools import data
         try:
-            splits = data.load(source)
+            splits = tool("data").load(source)
         except ValueError as error:
             stop(error)
     fields, result = ("prompt", "reference") if kind == "reference" else ("prompt", "chosen", "rejected"), []
@@ -680,10 +687,7 @@ def training(stage, updates, lr, modules, s):
     params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=lr, eps=1e-5)
     folder, done = Path(s.run_dir) / stage, 0
-    try:
-        from tools import checkpoint
-    except ModuleNotFoundError:
-        checkpoint = None
+    checkpoint = tool("checkpoint") if importlib.util.find_spec("tools") else None
     if checkpoint and (found := checkpoint.newest(folder / "checkpoint")):
         refuse_if_changed(found / "state.json", s, stage)
         done = checkpoint.load(found, params, optimizer)
@@ -987,7 +991,7 @@ def check_references(roles, references, tokenizer, s):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Evaluation, on held-out prompts.
+# 7. Measuring: what checks, reward model and evaluation (tools/evaluation.py) share.
 
 def sequence_logprobs(network, batch, temperature=1.0):
     """ln pi(response | query), (B,)."""
@@ -1020,50 +1024,6 @@ def rouge_l(texts, rows):
     return [scorer.score(row["reference"], text)["rougeL"].fmeasure for text, row in zip(texts, rows)]
 
 
-def load_judge(s, backbone, head, tokenizer):
-    """-> judge(prompts, a, b) -> [P(a is preferred), ...], from lists of texts."""
-    def by_reward(prompts, a, b):                                     # the run's own reward model: what was optimised
-        rows = [[{"prompt": prompt, "reference": text} for prompt, text in zip(prompts, texts)] for texts in (a, b)]
-        first, second = [reference_scores(backbone, head, side, s, tokenizer) for side in rows]
-        return ((torch.sign(first - second) + 1) / 2).tolist()
-
-    if s.judge == "rm":
-        return by_reward
-    return resolve(s.judge) or stop(f"--judge {s.judge}: must be rm or module:function")
-
-
-def evaluate(s):
-    """Every finished method of the run, on the same held-out prompts -> samples.jsonl, a row per prompt, and eval.json, what
-    is known of the run; tools/report.py makes tables, intervals and figures of them.
-
-    KL(pi || pi_SFT) is estimated on samples at the training temperature, the one at which the two were compared in training;
-    everything else is measured on samples at the evaluation temperature."""
-    run = Path(s.run_dir)
-    results = {stage: json.loads(path.read_text()) for stage in USES if (path := run / stage / "result.json").exists()}
-    rows = load_rows(s.dataset, "reference", s.seed)[1][:s.eval_samples]
-    prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
-    tokenizer, sft = load_tokenizer(f"{run}/sft", s), load_network(f"{run}/sft", s)
-    backbone, head = load_reward(f"{run}/rm", s)
-    judge = load_judge(s, backbone, head, tokenizer)
-    samples = [{"prompt": prompt, "reference": reference} for prompt, reference in zip(prompts, references)]
-    for method in tqdm([name for name in ("sft", "dpo", "ppo", "drpo") if name in results], desc="eval", unit="method"):
-        network = sft if method == "sft" else load_network(f"{run}/{method}", s)
-        responses = sample(network, rows, s, tokenizer, s.eval_temperature)
-        tempered = responses if s.eval_temperature == s.temperature else sample(network, rows, s, tokenizer, s.temperature)
-        log_pi, log_sft = [per_row(lambda part: sequence_logprobs(net, part, s.temperature), rows, tempered, s, tokenizer)
-                           for net in (network, sft)]
-        texts = decode(responses, tokenizer)
-        columns = {"response": texts, "win_rate": judge(prompts, texts, references), "kl": (log_pi - log_sft).tolist(),
-                   "rm_score": per_row(lambda part: end_scores(backbone, head, part), rows, responses, s, tokenizer).tolist(),
-                   "rouge_l": rouge_l(texts, rows), "response_tokens": [len(ids) for ids in responses],
-                   "eos_rate": [int(ids[-1] == tokenizer.eos_token_id) for ids in responses]}
-        for row, *values in zip(samples, *columns.values()):
-            row[method] = dict(zip(columns, values))
-    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    (run / "eval.json").write_text(json.dumps({"rm": results["rm"], "sft": results["sft"], "settings": dataclasses.asdict(s),
-                                               "seconds": {stage: result.pop("seconds") for stage, result in results.items()}}))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Running.
 
@@ -1077,7 +1037,7 @@ def run_stage(stage, s):
         if not (Path(s.run_dir) / needed / "result.json").exists():
             stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
     if stage == "eval":
-        return evaluate(s)
+        return tool("evaluation").evaluate(s)
     if stage == "ppo":
         s = dataclasses.replace(s, beta=0.0)
     if result.exists():
@@ -1118,12 +1078,9 @@ def main(argv=None):
             for name in ([*STAGES, "eval"] if stage == "all" else [stage]):
                 run_stage(name, one)
     if stage in ("eval", "all"):
-        try:
-            from tools import report                                  # tables and figures
-        except ModuleNotFoundError:
-            return print(f"what was measured is in samples.jsonl under {s.run_dir}; for tables put tools/ beside drpo.py")
-        print([report.write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])
+        print([tool("report").write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])
 
 
 if __name__ == "__main__":
-    main()
+    import drpo                                                       # so that tools and toys find this module, not a second one
+    drpo.main()

@@ -1,0 +1,55 @@
+"""The eval stage of drpo.py: every finished method of a run on the same held-out prompts, and who judges them."""
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import drpo
+
+
+def load_judge(s, backbone, head, tokenizer):
+    """-> judge(prompts, a, b) -> [P(a is preferred), ...], from lists of texts."""
+    def by_reward(prompts, a, b):                                     # the run's own reward model: what was optimised
+        rows = [[{"prompt": prompt, "reference": text} for prompt, text in zip(prompts, texts)] for texts in (a, b)]
+        first, second = [drpo.reference_scores(backbone, head, side, s, tokenizer) for side in rows]
+        return ((torch.sign(first - second) + 1) / 2).tolist()
+
+    if s.judge == "rm":
+        return by_reward
+    return drpo.resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm or module:function")
+
+
+def evaluate(s):
+    """Every finished method of the run, on the same held-out prompts -> samples.jsonl, a row per prompt, and eval.json, what
+    is known of the run; tools/report.py makes tables, intervals and figures of them.
+
+    KL(pi || pi_SFT) is estimated on samples at the training temperature, the one at which the two were compared in training;
+    everything else is measured on samples at the evaluation temperature."""
+    run = Path(s.run_dir)
+    results = {stage: json.loads(path.read_text()) for stage in drpo.USES if (path := run / stage / "result.json").exists()}
+    rows = drpo.load_rows(s.dataset, "reference", s.seed)[1][:s.eval_samples]
+    prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
+    tokenizer, sft = drpo.load_tokenizer(f"{run}/sft", s), drpo.load_network(f"{run}/sft", s)
+    backbone, head = drpo.load_reward(f"{run}/rm", s)
+    judge = load_judge(s, backbone, head, tokenizer)
+    samples = [{"prompt": prompt, "reference": reference} for prompt, reference in zip(prompts, references)]
+    def scored(part):
+        return drpo.end_scores(backbone, head, part)
+
+    for method in tqdm([name for name in ("sft", "dpo", "ppo", "drpo") if name in results], desc="eval", unit="method"):
+        network = sft if method == "sft" else drpo.load_network(f"{run}/{method}", s)
+        responses, tempered = [drpo.sample(network, rows, s, tokenizer, at) for at in (s.eval_temperature, s.temperature)]
+        log_pi, log_sft = [drpo.per_row(lambda part: drpo.sequence_logprobs(net, part, s.temperature), rows, tempered, s,
+                                        tokenizer) for net in (network, sft)]
+        texts = drpo.decode(responses, tokenizer)
+        columns = {"response": texts, "win_rate": judge(prompts, texts, references), "kl": (log_pi - log_sft).tolist(),
+                   "rm_score": drpo.per_row(scored, rows, responses, s, tokenizer).tolist(),
+                   "rouge_l": drpo.rouge_l(texts, rows), "response_tokens": [len(ids) for ids in responses],
+                   "eos_rate": [int(ids[-1] == tokenizer.eos_token_id) for ids in responses]}
+        for row, *values in zip(samples, *columns.values()):
+            row[method] = dict(zip(columns, values))
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    (run / "eval.json").write_text(json.dumps({"rm": results["rm"], "sft": results["sft"], "settings": dataclasses.asdict(s),
+                                               "seconds": {stage: result.pop("seconds") for stage, result in results.items()}}))
