@@ -46,6 +46,7 @@ Differences from the paper (P) and from the official code (C, github.com/Cornell
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -76,12 +77,11 @@ def stop(message, status=2):
     raise SystemExit(status)
 
 
-def tool(name):
-    """tools/NAME.py: what a reader of the method need not read. Without tools/ this file still trains, on rows of one's own."""
-    try:
+def tool(name, needed=True):
+    """tools/NAME.py: what a reader of the method need not read. Without tools/ (None) this file still trains on one's own rows."""
+    if importlib.util.find_spec("tools"):
         return importlib.import_module(f"tools.{name}")
-    except ModuleNotFoundError:
-        stop(f"this needs tools/{name}.py, and tools/ beside drpo.py")
+    return stop(f"this needs tools/{name}.py: put tools/ beside drpo.py") if needed else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ PRESETS = {
                  preference_dataset="toy_env:gate_pairs", judge="toy_env:gold_judge", reset_to="chosen", dtype="float32",
                  query_length=80, response_length=24, preference_length=32, lora_r=0, micro_batch=64, max_grad_norm=1.0,
                  sft_steps=600, sft_lr=3e-3, sft_batch_size=16, rm_steps=400, rm_lr=5e-4, rm_batch_size=16,
-                 updates=45, batch_size=48, epochs=2, lr=4e-4, beta=0.6, kl_coef=0.1, temperature=1.0, cliprange_value=5.0,
+                 updates=45, batch_size=48, epochs=2, lr=1e-4, beta=0.6, kl_coef=0.1, temperature=1.0, cliprange_value=5.0,
                  whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48,
                  eval_samples=500, eval_temperature=0.7),
 }
@@ -222,6 +222,7 @@ def call(function, **offered):
     return function(**{name: value for name, value in offered.items() if name in wanted})
 
 
+@functools.lru_cache
 def load_rows(source, kind, seed):
     """-> (training rows, held-out rows): dicts with texts prompt and reference (kind "reference"), or prompt, chosen and
     rejected ("pairs"). Of pairs asked for as references, the chosen response is the reference.
@@ -687,7 +688,7 @@ def training(stage, updates, lr, modules, s):
     params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=lr, eps=1e-5)
     folder, done = Path(s.run_dir) / stage, 0
-    checkpoint = tool("checkpoint") if importlib.util.find_spec("tools") else None
+    checkpoint = tool("checkpoint", needed=False)
     if checkpoint and (found := checkpoint.newest(folder / "checkpoint")):
         refuse_if_changed(found / "state.json", s, stage)
         done = checkpoint.load(found, params, optimizer)
@@ -1043,10 +1044,7 @@ def run_stage(stage, s):
     if result.exists():
         refuse_if_changed(result, s, stage)
         return print(f"{stage}: finished, and kept (delete {result.parent} to train it anew)")
-    try:
-        result.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--run_dir {s.run_dir}: {error}")
+    result.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     figures = STAGES[stage](s) or {}
     result.write_text(json.dumps({"seconds": time.perf_counter() - began, **figures, "settings": relevant(s, stage)}, indent=1))
@@ -1073,9 +1071,15 @@ def main(argv=None):
     transformers_logging.disable_progress_bar()                       # one bar per stage is enough
     stage, s = parse(sys.argv[1:] if argv is None else argv)
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
-    with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False):
+    stages = [*STAGES, "eval"] if stage == "all" else [stage]
+    with contextlib.ExitStack() as held:
+        if preflight := tool("preflight", needed=False):              # what is wrong is found before anything is trained
+            for one in runs:
+                preflight.check(stages, one, held)
+        held.enter_context(torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16",
+                                          cache_enabled=False))
         for one in runs:
-            for name in ([*STAGES, "eval"] if stage == "all" else [stage]):
+            for name in stages:
                 run_stage(name, one)
     if stage in ("eval", "all"):
         print([tool("report").write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])

@@ -91,6 +91,19 @@ def flush(path):
         os.close(handle)
 
 
+def hold(folder):
+    """Keeps any other process out of the folder for as long as this one lives: nothing to clean up after a crash.
+
+    -> what must be kept. Raises BlockingIOError if another process holds it. Where there is no flock nothing is held."""
+    file = (folder / ".lock").open("w")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    return file
+
+
 @contextlib.contextmanager
 def requests_to_stop():
     """Inside, SIGTERM and SIGINT only fill the list that this gives, for the caller to look at; a second one interrupts."""

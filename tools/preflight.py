@@ -1,0 +1,45 @@
+"""Everything that can be checked before training starts, so that no stage dies of a typo in the hours after the first one."""
+from pathlib import Path
+
+from transformers import AutoConfig
+
+import drpo
+from tools import checkpoint
+
+
+def check(stages, s, held):
+    """Makes the run folder, holds it for as long as the ExitStack `held` is open, and reads the data, the tokenizer, the model's
+    config and the judge that these stages will ask for.
+
+    Exits with 2 and one line at the first thing that is wrong, as the stage itself would later."""
+    run = Path(s.run_dir)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        held.enter_context(checkpoint.hold(run))
+    except BlockingIOError:
+        drpo.stop(f"--run_dir {run}: another process is at work in it")
+    except OSError as error:
+        drpo.stop(f"--run_dir {run}: {error.strerror}")
+    todo = [stage for stage in stages if stage == "eval" or not (run / stage / "result.json").exists()]
+    if set(todo) & {"sft", "rm", "ppo", "drpo", "eval"}:
+        drpo.load_rows(s.dataset, "reference", s.seed)
+    if set(todo) & {"rm", "dpo"}:
+        drpo.load_rows(s.preference_dataset, "pairs", s.seed)
+    if set(todo) & {"ppo", "drpo"} and s.reset_to == "chosen":
+        drpo.load_rows(s.preference_dataset, "reference", s.seed)
+    if "sft" in todo:
+        drpo.load_tokenizer(s.tokenizer or s.model, s)
+        room = getattr(read_config(s), "max_position_embeddings", None)
+        longest = s.query_length + max(s.response_length, s.preference_length)
+        if room and longest > room:
+            drpo.stop(f"--query_length {s.query_length} and --preference_length or --response_length make {longest} tokens, but "
+                      f"--model {s.model} has room for {room}")
+    if "eval" in todo and s.judge != "rm" and not drpo.resolve(s.judge):
+        drpo.stop(f"--judge {s.judge}: must be rm or module:function")
+
+
+def read_config(s):
+    """The model's config, without its weights; that of a module:function or a .gguf file comes with them, or not at all."""
+    if drpo.resolve(s.model) or s.model.endswith(".gguf"):
+        return None
+    return drpo.load(AutoConfig, s.model, s)
