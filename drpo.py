@@ -12,9 +12,9 @@ Algorithm 1 of the paper, and where each line is:
 
     input   preference pairs D_R, unlabelled responses D_TR, policy pi_SFT                 load_rows, train_sft
     1       fit the reward r on D_R by maximum likelihood, Eq. (1)                         train_rm, bradley_terry_loss
-    2       pi_1 = pi_SFT;  for t = 1..T:                                                  train_drpo, twin
-    3         draw a response from D_TR and a step h of it                                 sample_reset_lengths
-    4         reset to s_h (prompt + prefix), roll out pi_t to the end                     rollout
+    2       pi_1 = pi_SFT;  for t = 1..T:                                                  train_drpo, twin; lines 3 - 6: drpo_update
+    3         draw a response from D_TR and a step h of it                                 reset_rollouts, sample_reset_lengths
+    4         reset to s_h (prompt + prefix), roll out pi_t to the end                     reset_rollouts, rollout
     5         store the steps h' >= h only: state, action, r, ln(pi_t/pi_SFT)              token_masks, penalised_rewards
     6         pi_{t+1} = PO(pi_t, D_on); here PO is PPO                                    gae, ppo_policy_loss, ppo_value_loss
 

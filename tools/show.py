@@ -93,7 +93,7 @@ def show_rows(s, count):
 
 @torch.no_grad()
 def show_rollouts(s, count):
-    """The first rollouts of update 0, as in `drpo.train_drpo`: the same rows, resets and random numbers."""
+    """The first rollouts of update 0, as in `drpo.drpo_update`: the same rows, resets and random numbers."""
     run, T, full = Path(s.run_dir), s.response_length, not s.lora_r
     rows = drpo.load_rows(s.dataset if s.reset_to == "reference" else s.preference_dataset, "reference", s.seed)[0]
     tokenizer, trained = drpo.load_tokenizer(f"{run}/sft", s), (run / "drpo" / "result.json").exists()
