@@ -64,6 +64,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from rouge_score.rouge_scorer import RougeScorer
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser,
@@ -716,13 +717,17 @@ def training(stage, updates, lr, modules, s):
                 stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command goes on from there", 0)
 
 
-def step(optimizer, s, where):
+def step(optimizer, s, where, batch):
     """One optimizer step -> the gradient's norm. Where that is not finite, so also where the loss was not, the run stops
-    before the weights move."""
+    before the weights move, and leaves what batch() gives, a dict of tensors, for a look. `where` is "STAGE update N"."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(params, s.max_grad_norm or math.inf)
     if not torch.isfinite(norm):
-        stop(f"{where}: the gradient is not finite; no step was taken, the last checkpoint is kept in {s.run_dir}", 3)
+        path, tensors = f"{s.run_dir}/{where.split()[0]}/bad_batch.safetensors", batch()
+        save_file({name: x.contiguous() for name, x in tensors.items()}, path)
+        bad = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
+        stop(f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}, and the last "
+             f"checkpoint beside it", 3)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
@@ -775,7 +780,7 @@ def train_sft(s):
             loss = token_losses(part)[0] / tokens                     # summed over micro-batches: the mean over all tokens
             loss.backward()
             metrics["loss"] += loss.item()
-        metrics["grad_norm"] = step(optimizer, s, f"sft update {update + 1}")
+        metrics["grad_norm"] = step(optimizer, s, f"sft update {update + 1}", lambda: batch)
     save_network(network, tokenizer, Path(s.run_dir) / "sft")
 
     held_out = held_out[:s.eval_samples]
@@ -788,15 +793,15 @@ def train_sft(s):
     return {"held_out_loss": loss, "rouge_l": sum(rouge) / len(rouge)}
 
 
-def pair_update(pairs, s, optimizer, loss_of, where):
+def pair_update(pairs, s, optimizer, loss_of, tokenizer, where):
     """One step on the mean over pairs of loss_of(pairs) -> (loss, margins), in micro-batches. -> metrics."""
-    size = max(1, s.micro_batch // 2)                                 # a pair is two rows
-    loss, right = 0.0, 0
+    size, loss, right = max(1, s.micro_batch // 2), 0.0, 0            # a pair is two rows
     for part in [pairs[i:i + size] for i in range(0, len(pairs), size)]:
         part_loss, margins = loss_of(part)
         (part_loss * len(part) / len(pairs)).backward()
         loss, right = loss + part_loss.item() * len(part) / len(pairs), right + (margins > 0).sum().item()
-    return {"loss": loss, "accuracy": right / len(pairs), "grad_norm": step(optimizer, s, where)}
+    norm = step(optimizer, s, where, lambda: encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length))
+    return {"loss": loss, "accuracy": right / len(pairs), "grad_norm": norm}
 
 
 def train_rm(s):
@@ -817,7 +822,7 @@ def train_rm(s):
     updates = s.rm_steps or max(1, len(rows) // s.rm_batch_size)
     for update, optimizer, metrics in training("rm", updates, s.rm_lr, nn.ModuleDict({"reward": backbone, "head": head}), s):
         pairs = draw(rows, s.rm_batch_size, update, s.seed, "rm")
-        metrics.update(pair_update(pairs, s, optimizer, pair_loss, f"rm update {update + 1}"))
+        metrics.update(pair_update(pairs, s, optimizer, pair_loss, tokenizer, f"rm update {update + 1}"))
 
     held_out, by_batch = held_out[:HELD_OUT_PAIRS], {}
     with torch.no_grad():
@@ -856,7 +861,7 @@ def train_dpo(s):
     updates = s.updates or max(1, len(rows) // s.dpo_batch_size)
     for update, optimizer, metrics in training("dpo", updates, s.dpo_lr, nn.ModuleDict({"policy": policy}), s):
         pairs = draw(rows, s.dpo_batch_size, update, s.seed, "dpo")
-        metrics.update(pair_update(pairs, s, optimizer, pair_loss, f"dpo update {update + 1}"))
+        metrics.update(pair_update(pairs, s, optimizer, pair_loss, tokenizer, f"dpo update {update + 1}"))
     save_network(policy, tokenizer, Path(s.run_dir) / "dpo")
 
 
@@ -932,7 +937,9 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         if epoch == 0 and drift > tolerance:
             stop(f"{where}: before any step the policy differs from the one that sampled (ln ratio up to {drift:.1e}, "
                  f"should be 0): look for dropout, padding, masks, temperature", 3)
-        grad_norm = step(optimizer, s, where)
+        grad_norm = step(optimizer, s, where, lambda: batch | {
+            "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores, "rewards": rewards,
+            "advantages": advantages})
     laps.append(lap(s))
 
     mask, rest = [x.expand(s.epochs, B, T) for x in (in_policy_loss, in_rest)]  # figures are means over the epochs

@@ -776,10 +776,10 @@ def test_rollouts_start_with_a_prefix_of_the_response_that_is_reset_to(start, tm
 def test_micro_batch_changes_neither_gradient_nor_weights_nor_metrics(start, tmp_path, monkeypatch, stage):
     gradients, original = [], drpo.step
 
-    def recorded(optimizer, s, where):
+    def recorded(optimizer, s, where, batch):
         params = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
         gradients.append({i: p.grad.clone() for i, p in enumerate(params)})
-        return original(optimizer, s, where)
+        return original(optimizer, s, where, batch)
     monkeypatch.setattr(drpo, "step", recorded)
 
     def once(micro_batch):
@@ -929,7 +929,7 @@ def test_dropout_stops_the_run(start, tmp_path, monkeypatch, capsys, other_check
 
 @each_stage
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(start, tmp_path, monkeypatch, capsys, stage):
-    original, kept = drpo.training, {}
+    original, kept, s = drpo.training, {}, start(tmp_path, stage, updates=3, sft_steps=3, rm_steps=3)
 
     def planted(*args):
         for update, optimizer, metrics in original(*args):
@@ -939,13 +939,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(start, 
                     kept[i] = p, p.detach().clone()
             yield update, optimizer, metrics
     monkeypatch.setattr(drpo, "training", planted)
-    s = start(tmp_path, stage, updates=3, sft_steps=3, rm_steps=3)
     stops(capsys, s, f"{stage} update 2", "not finite", stage=stage)
     for now, before in kept.values():
         torch.testing.assert_close(now.detach(), before, rtol=0, atol=0, equal_nan=True)
     weights, metrics = outcome(s, stage)                              # the checkpoint is still that of update 1
     assert len(metrics) == 1 and all(tensor.isfinite().all() for tensor in weights.values())
     assert not Path(s.run_dir, stage, "result.json").exists()
+    assert {"query", "response"} <= load_file(tmp_path / stage / "bad_batch.safetensors").keys()
+
+
+@pytest.mark.parametrize("name, found", [("penalised_rewards", {"rewards", "advantages"}), ("end_scores", {"scores", "rewards"})])
+def test_a_reward_that_is_not_a_number_stops_the_run_and_its_batch_is_kept(start, tmp_path, monkeypatch, capsys, name, found):
+    s, original = start(tmp_path), getattr(drpo, name)
+
+    def planted(*args):
+        result = original(*args).clone()
+        if name == "penalised_rewards" or len(result) == 8:           # the rollouts' scores; the check's are of more rows
+            result.view(-1)[-1 if name == "end_scores" else slice(None)] = NAN
+        return result
+    monkeypatch.setattr(drpo, name, planted)
+    monkeypatch.setattr(drpo, "check_references", lambda *_: None)
+    stops(capsys, s, "drpo update 1", "the gradient", "rewards")
+    kept = load_file(tmp_path / "drpo" / "bad_batch.safetensors")
+    assert all(not kept[name].isfinite().all() for name in found) and kept["response"].shape == (8, T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Everything that can be checked before training starts, so that no stage dies of a typo in the hours after the first one."""
+import os
 from pathlib import Path
 
+import huggingface_hub
 from transformers import AutoConfig
 
 import drpo
@@ -20,6 +22,8 @@ def check(stages, s, held):
         drpo.stop(f"--run_dir {run}: another process is at work in it")
     except OSError as error:
         drpo.stop(f"--run_dir {run}: {error.strerror}")
+    if any(is_hub_name(name) for name in (s.model, s.tokenizer, s.dataset, s.preference_dataset)):
+        do_without_an_unreachable_hub()
     todo = [stage for stage in stages if stage == "eval" or not (run / stage / "result.json").exists()]
     if set(todo) & {"sft", "rm", "ppo", "drpo", "eval"}:
         drpo.load_rows(s.dataset, "reference", s.seed)
@@ -36,6 +40,20 @@ def check(stages, s, held):
                       f"--model {s.model} has room for {room}")
     if "eval" in todo and s.judge != "rm" and not drpo.resolve(s.judge):
         drpo.stop(f"--judge {s.judge}: must be rm or module:function")
+
+
+def is_hub_name(name):
+    return bool(name) and not drpo.resolve(name) and not Path(name).exists() and not name.startswith((".", "/"))
+
+
+def do_without_an_unreachable_hub():
+    """Where the Hub does not answer, what is in its cache serves, and what is not is missed at once, not after a minute."""
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception as error:                                        # whatever type the HTTP library of the day has
+        print(f"{huggingface_hub.constants.ENDPOINT} cannot be reached ({error}): only what was downloaded before is at hand")
+        os.environ["HF_HUB_OFFLINE"] = "1"                            # `datasets` reads it when it is imported
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def read_config(s):
