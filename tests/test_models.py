@@ -290,6 +290,19 @@ def test_logprobs_of_a_padded_batch_are_those_of_single_rows(make, temperature):
                                    rtol=0, atol=1e-5)
 
 
+def capped(seed=0):
+    """Gemma 2, whose logits x leave it as 5 tanh(x / 5)."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    return tiny(Gemma2Config, Gemma2ForCausalLM, seed, intermediate_size=64, num_key_value_heads=2, head_dim=8,
+                final_logit_softcapping=5.0)
+
+
+def test_a_model_whose_logits_are_not_a_linear_map_of_its_states_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        drpo.load_network(f"{__name__}:capped", settings())
+    assert stopped.value.code == 2 and "scaled or capped" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("logits_at_once", [1, 3 * 7, 1000])           # a row at a time, three rows, all eleven
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 7, dtype=torch.float32)])
 def test_token_logprobs_and_their_gradients_are_those_of_a_log_softmax(monkeypatch, logits_at_once, bias):
