@@ -154,7 +154,9 @@ class Settings:
 
     eval_samples: int = setting("eval", 600, "held-out prompts on which the methods are compared")
     eval_temperature: float = setting("eval", 0.01, "sampling temperature of the evaluation; 0.01 is all but greedy")
-    judge: str = setting("eval", "rm", "who says which summary is better: rm (not independent!) or module:function")
+    judge: str = setting("eval", "rm", "who says which summary is better: rm (not independent!), module:function or api:MODEL")
+    both_orders: bool = setting("eval", False, "an API judge sees each pair twice, either text first; disagreement is a tie")
+    judge_prompt: str = setting("eval", "", "file with another prompt for the API judge, such as the paper's own")
 
     def __post_init__(self):
         lowest = {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6}

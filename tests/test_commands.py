@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,26 @@ def test_a_changed_setting_retrains_only_what_depends_on_it(tiny, tmp_path):
     assert again.returncode == 0 and again.stdout.count("finished, and kept") == 4
     refused = python("drpo.py", "--run_dir", tiny[0], *SHORT, "--beta", "1.0")
     assert refused.returncode == 2 and "beta was 0.6, is 1.0" in refused.stderr.splitlines()[-1]
+
+
+def test_an_api_judge_decides_the_win_rates_and_its_key_is_written_nowhere(tiny, tmp_path, monkeypatch, capsys):
+    from test_judge import KEY, Endpoint, prefers
+    shutil.copytree(tiny[0], tmp_path / "run")
+    endpoint = Endpoint(prefers(len))                                 # the longer text wins, always
+    threading.Thread(target=endpoint.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    for name, value in {"OPENAI_BASE_URL": endpoint.url, "OPENAI_API_KEY": KEY, "NO_PROXY": "*"}.items():
+        monkeypatch.setenv(name, value)
+    drpo.main(["eval", "--run_dir", str(tmp_path / "run"), *SHORT, "--judge", "api:some-model"])
+    endpoint.shutdown()
+    said = capsys.readouterr()
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    for sample in samples:
+        for method in ("sft", "drpo"):
+            text, reference = sample[method]["response"], sample["reference"]
+            assert sample[method]["win_rate"] in ([0.5] if text == reference else [float(len(text) > len(reference)), 0.5])
+    assert "of 12 questions: SFT" in said.out and (tmp_path / "run" / "verdicts.jsonl").exists()
+    assert all(KEY.encode() not in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert KEY not in said.out + said.err
 
 
 def test_several_seeds_make_one_table(tmp_path):

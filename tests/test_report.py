@@ -79,6 +79,25 @@ def test_single_run(tmp_path):
     assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_what_an_api_judge_left_undecided_is_counted_and_left_out(tmp_path, no_figure):
+    run = make_run(tmp_path / "run", {"sft": 1.0}, judge="api:some-model")
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for sample, verdict in zip(samples, [1.0, 0.5, None, 0.0]):
+        sample["sft"]["win_rate"] = verdict
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    text = report.write(run)
+    assert row(text, "SFT")[1] == "0.500" and "of 4 questions: SFT 1 ties, 1 without a verdict and left out" in text
+    low, high = json.loads((run / "report.json").read_text())["methods"]["sft"]["win_rate_ci95"]
+    assert [low, high] == pytest.approx(report.wilson(1.5, 3))
+
+
+def test_no_verdict_at_all_is_no_win_rate(tmp_path, capsys):
+    run = make_run(tmp_path / "run", {"sft": None}, judge="api:some-model")
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(run)])
+    assert stopped.value.code == 2 and "no verdict on any response of SFT" in capsys.readouterr().err
+
+
 def test_the_reward_model_as_judge_is_called_not_independent(tmp_path, no_figure):
     text = report.write(make_run(tmp_path / "run", {"sft": 0.1}, judge="rm"))
     assert "judge: rm, the run's own reward model: NOT independent" in text

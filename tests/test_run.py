@@ -26,10 +26,13 @@ def one_line(capsys, argv):
 
 
 @pytest.mark.parametrize("flag, value, named", [
-    ("--judge", "toy_env:nosuchjudge", "nosuchjudge"), ("--judge", "gold", "--judge gold"),
+    ("--judge", "toy_env:nosuchjudge", "nosuchjudge"), ("--judge", "gold", "--judge gold"), ("--judge", "api:", "api:MODEL"),
+    ("--judge", "api:some-model", "OPENAI_API_KEY"),
     ("--preference_dataset", "toy_env:gate", "chosen"), ("--preference_dataset", "nowhere.jsonl", "nowhere.jsonl"),
     ("--preference_length", 250, "has room for")])
-def test_what_is_wrong_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path, capsys, flag, value, named):
+def test_what_is_wrong_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path, capsys, monkeypatch, flag, value, named):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     model = []
     if flag == "--preference_length":                                 # the config of a folder can be read without its weights
         import toy_env

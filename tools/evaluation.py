@@ -7,18 +7,31 @@ import torch
 from tqdm import tqdm
 
 import drpo
+from tools.judge import api_judge
 
 
-def load_judge(s, backbone, head, tokenizer):
-    """-> judge(prompts, a, b) -> [P(a is preferred), ...], from lists of texts."""
+def load_judge(s, backbone=None, head=None, tokenizer=None):
+    """-> judge(prompts, a, b) -> [P(a is preferred), or None where there is no verdict, ...], from lists of texts."""
     def by_reward(prompts, a, b):                                     # the run's own reward model: what was optimised
         rows = [[{"prompt": prompt, "reference": text} for prompt, text in zip(prompts, texts)] for texts in (a, b)]
         first, second = [drpo.reference_scores(backbone, head, side, s, tokenizer) for side in rows]
         return ((torch.sign(first - second) + 1) / 2).tolist()
 
+    def by_api(prompts, a, b):
+        try:
+            return verdicts(prompts, a, b)
+        except ValueError as error:
+            drpo.stop(error)
+
     if s.judge == "rm":
         return by_reward
-    return drpo.resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm or module:function")
+    if s.judge.startswith("api:") and len(s.judge) > 4:
+        try:
+            verdicts = api_judge(s.judge[4:], s.run_dir, s.seed, s.both_orders, s.judge_prompt)
+        except ValueError as error:
+            drpo.stop(error)
+        return by_api
+    return drpo.resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm, module:function or api:MODEL")
 
 
 def evaluate(s):

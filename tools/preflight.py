@@ -6,7 +6,7 @@ import huggingface_hub
 from transformers import AutoConfig
 
 import drpo
-from tools import checkpoint
+from tools import checkpoint, evaluation
 
 
 def check(stages, s, held):
@@ -38,8 +38,8 @@ def check(stages, s, held):
         if room and longest > room:
             drpo.stop(f"--query_length {s.query_length} and --preference_length or --response_length make {longest} tokens, but "
                       f"--model {s.model} has room for {room}")
-    if "eval" in todo and s.judge != "rm" and not drpo.resolve(s.judge):
-        drpo.stop(f"--judge {s.judge}: must be rm or module:function")
+    if "eval" in todo:
+        evaluation.load_judge(s)
 
 
 def is_hub_name(name):

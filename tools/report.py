@@ -77,8 +77,12 @@ def summarise(known, samples):
     """What `drpo.py eval` left -> report.json: each method's mean of each metric, with its 95 % interval over the prompts."""
     methods = {name: {} for name in METHODS if name in samples[0]}
     for name, figures in methods.items():
+        figures["judged"] = sum(row[name]["win_rate"] is not None for row in samples)
+        figures["ties"] = sum(row[name]["win_rate"] == 0.5 for row in samples)
+        if not figures["judged"]:
+            fail(f"the judge gave no verdict on any response of {METHODS[name]}: ask another one")
         for key in METRICS:
-            values = [row[name][key] for row in samples]
+            values = [row[name][key] for row in samples if row[name][key] is not None]
             shares = key in ("win_rate", "eos_rate")
             figures[key] = statistics.fmean(values)
             figures[f"{key}_ci95"] = wilson(sum(values), len(values)) if shares else mean_interval(values)
@@ -133,6 +137,13 @@ def measured(settings, prompts):
             f"KL, in nats per response, at temperature {settings['temperature']:g}, that of training"]
 
 
+def judged(report, prompts):
+    """What became of the questions to an API judge, which may leave one without a verdict."""
+    said = [f"{METHODS[name]} {figures['ties']} ties, {prompts - figures['judged']} without a verdict and left out"
+            for name, figures in report["methods"].items()]
+    return [f"of {prompts} questions: {'; '.join(said)}"] if report["settings"]["judge"].startswith("api:") else []
+
+
 def sample_posts(samples, methods):
     """The first three held-out posts with the response of each method, as indented (so verbatim) Markdown blocks."""
     blocks = []
@@ -140,7 +151,8 @@ def sample_posts(samples, methods):
         parts = [line for line in row["prompt"].splitlines() if line.strip()] + [f"reference: {row['reference']}"]
         for name in methods:
             said = row[name]
-            parts.append(f"{METHODS[name]} (win {said['win_rate']:.2g}, RM score {said['rm_score']:.2f}): {said['response']}")
+            win = "no verdict" if said["win_rate"] is None else f"win {said['win_rate']:.2g}"
+            parts.append(f"{METHODS[name]} ({win}, RM score {said['rm_score']:.2f}): {said['response']}")
         lines = [line for part in parts for line in [*textwrap.wrap(part, 110), ""]]
         blocks += [f"### Post {number}", "\n".join(f"    {line}".rstrip() for line in lines[:-1])]
     return blocks
@@ -192,7 +204,7 @@ def write_single(run):
     methods, rm, seconds = report["methods"], report["rm"], report["seconds"]
     each = ", ".join(f"{METHODS.get(stage, 'RM')} {value:.0f}" for stage, value in seconds.items())
     notes = [f"reward model accuracy: {rm['accuracy']:.3f} {bracket(rm['accuracy_ci95'], 3)}",
-             *measured(report["settings"], len(samples)), f"seconds: {each}; in all {sum(seconds.values()):.0f}"]
+             *measured(report["settings"], len(samples)), *judged(report, len(samples)), f"seconds: {each}; in all {sum(seconds.values()):.0f}"]
     publish(run, [run], report["settings"], f"# Run {run}", "In brackets: 95 % intervals over the prompts.",
             table(method_rows(methods, METRICS), markdown=True), "\n".join(f"- {note}" for note in notes),
             "## The first held-out posts", *sample_posts(samples, methods))
