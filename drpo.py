@@ -57,11 +57,13 @@ import re
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import save_file
@@ -172,7 +174,7 @@ class Settings:
             stop("--response_length 1: must be 2 or more, one token and its EOS")
         self.run_dir = self.run_dir or f"runs/{self.preset}" + "_seeds" * bool(self.seeds)
         if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:               # the latter: a torch without CUDA
@@ -202,6 +204,32 @@ def generator(seed, *key):
     """A CPU generator whose state depends on the seed and the key alone: a resumed run draws what it would have drawn."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# Several processes, started by torchrun: each holds all rows and all weights, takes its share of the micro-batches, and adds up
+# what they give. Whatever is computed from whole batches is then the same everywhere, as if there were one process.
+
+def world():
+    """-> (number of this process, how many there are); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def share(parts):
+    """This process's part of a sequence: its first, and every world-size-th after it."""
+    rank, size = world()
+    return parts[rank::size]
+
+
+def summed(x):
+    """x, a contiguous tensor, summed over all processes in place."""
+    if world()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def wait_for_all():
+    if world()[1] > 1:
+        dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -307,9 +335,10 @@ def response_mask(batch):
 
 
 def micro_batches(batch, s):
-    """Yields (row indices, batch of those rows), at most `micro_batch` rows each: rows of like length together, the longest
-    first, without the columns of padding that none of them needs (masking "official" sees those after the response)."""
-    for rows in (-batch["query_mask"].sum(1) - batch["response_len"]).argsort(stable=True).split(s.micro_batch):
+    """Yields (row indices, batch of those rows), this process's, of at most `micro_batch` rows: rows of like length together,
+    the longest first, without the columns of padding that none of them needs (masking "official" sees those after the response)."""
+    order = (-batch["query_mask"].sum(1) - batch["response_len"]).argsort(stable=True)
+    for rows in share(order.split(s.micro_batch)):
         part = {name: x[rows] for name, x in batch.items()}
         start = int(part["query_mask"].any(0).int().argmax())
         T = int(part["response_len"].max()) if s.masking == "sampled" else None
@@ -395,11 +424,13 @@ def scalar_head(weight, bias=0.0):
 
 def save_network(network, tokenizer, folder):
     """In the layout that from_pretrained reads: an adapter under adapter/, and merged into its network."""
-    if hasattr(network, "merge_and_unload"):
-        network.save_pretrained(folder / "adapter")
-        network = network.merge_and_unload()
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if world()[0] == 0:
+        if hasattr(network, "merge_and_unload"):
+            network.save_pretrained(folder / "adapter")
+            network = network.merge_and_unload()
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    wait_for_all()
 
 
 def add_lora(network, r, seed=0):
@@ -627,7 +658,7 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     queries, prefixes: B lists of ids; uniforms (B, T) in [0, 1) -> responses, B lists of at most T ids, EOS included."""
     T, responses = uniforms.shape[1], [list(prefix) for prefix in prefixes]
     order = sorted(range(len(queries)), key=lambda row: -len(prefixes[row]))
-    for first in range(0, len(order), 4 * s.micro_batch):
+    for first in share(range(0, len(order), 4 * s.micro_batch)):
         rows = order[first:first + 4 * s.micro_batch]
         start = pack([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
         tokens, mask, cache = start["query"], start["query_mask"], None
@@ -647,7 +678,16 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
                 keep = torch.tensor(left, dtype=torch.long, device=mask.device)
                 cache.batch_select_indices(keep)
                 rows, tokens, mask = [rows[i] for i in left], tokens[keep], mask[keep]
-    return responses
+    return exchanged(responses, [len(prefix) for prefix in prefixes], T, s.device) if world()[1] > 1 else responses
+
+
+def exchanged(responses, prefix_lengths, T, device):
+    """B lists of ids, of which each process has let some grow beyond their prefixes -> all of them as they have grown."""
+    table = torch.zeros(len(responses), T + 1, dtype=torch.long, device=device)
+    for row, (ids, prefix_length) in enumerate(zip(responses, prefix_lengths)):
+        if len(ids) > prefix_length:
+            table[row, :len(ids) + 1] = torch.tensor([len(ids), *ids])
+    return [ids[1:ids[0] + 1] for ids in summed(table).tolist()]
 
 
 def reset_rollouts(policy, rows, update, tokenizer, s):
@@ -697,8 +737,10 @@ def training(stage, updates, lr, modules, s):
         done = checkpoint.load(found, params, optimizer)
         print(f"{stage}: goes on after update {done}, from {found}")
     log = folder / "metrics.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if done else "")
-    bar = tqdm(range(done, updates), initial=done, total=updates, desc=f"{stage:4}", unit="update")
+    is_first = world()[0] == 0                                        # of the processes: the one that writes
+    if is_first:
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if done else "")
+    bar = tqdm(range(done, updates), initial=done, total=updates, desc=f"{stage:4}", unit="update", disable=not is_first)
     with checkpoint.requests_to_stop() if checkpoint else contextlib.nullcontext() as asked_to_stop:
         for update in bar:
             for group in optimizer.param_groups:
@@ -706,16 +748,19 @@ def training(stage, updates, lr, modules, s):
             metrics, began = {"update": update + 1, "lr": group["lr"]}, time.perf_counter()
             yield update, optimizer, metrics
             metrics["seconds"] = time.perf_counter() - began
-            with log.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            stopping = summed(torch.tensor(len(asked_to_stop or ()))).item() > 0
+            if is_first:
+                with log.open("a") as file:
+                    file.write(json.dumps(metrics) + "\n")
             shown = [name for name in ("loss", "accuracy", "score", "kl", "eos_rate", "response_tokens") if name in metrics]
             bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
-            if checkpoint and ((update + 1) % s.save_every == 0 or update + 1 == updates or asked_to_stop):
+            if checkpoint and is_first and ((update + 1) % s.save_every == 0 or update + 1 == updates or stopping):
                 try:
                     checkpoint.save(folder / "checkpoint", update + 1, params, optimizer, relevant(s, stage), s.keep)
                 except OSError as error:
                     stop(f"{folder}/checkpoint: update {update + 1} cannot be saved ({error}); what was saved before is whole", 3)
-            if asked_to_stop and update + 1 < updates:
+            if stopping and update + 1 < updates:
+                wait_for_all()
                 stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command goes on from there", 0)
 
 
@@ -723,10 +768,15 @@ def step(optimizer, s, where, batch):
     """One optimizer step -> the gradient's norm. Where that is not finite, so also where the loss was not, the run stops
     before the weights move, and leaves what batch() gives, a dict of tensors, for a look. `where` is "STAGE update N"."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    if world()[1] > 1:
+        for p in params:                                              # of a process without a share there is none
+            p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = nn.utils.clip_grad_norm_(params, s.max_grad_norm or math.inf)
     if not torch.isfinite(norm):
         path, tensors = f"{s.run_dir}/{where.split()[0]}/bad_batch.safetensors", batch()
-        save_file({name: x.contiguous() for name, x in tensors.items()}, path)
+        if world()[0] == 0:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, path)
+        wait_for_all()
         bad = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
         stop(f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}, and the last "
              f"checkpoint beside it", 3)
@@ -782,14 +832,16 @@ def train_sft(s):
             loss = token_losses(part)[0] / tokens                     # summed over micro-batches: the mean over all tokens
             loss.backward()
             metrics["loss"] += loss.item()
+        metrics["loss"] = summed(torch.tensor(metrics["loss"])).item()
         metrics["grad_norm"] = step(optimizer, s, f"sft update {update + 1}", lambda: batch)
     save_network(network, tokenizer, Path(s.run_dir) / "sft")
 
     held_out = held_out[:s.eval_samples]
     with torch.no_grad():
         batch = encode(held_out, ["reference"], s, tokenizer, s.response_length)
-        sums = [token_losses(part) for _, part in micro_batches(batch, s)]
-    loss = sum(total.item() for total, _ in sums) / sum(count.item() for _, count in sums)
+        sums = [[x.item() for x in token_losses(part)] for _, part in micro_batches(batch, s)]
+    total, count = summed(torch.tensor(sums, dtype=torch.double).reshape(-1, 2).sum(0)).tolist()
+    loss = total / count
     rouge = rouge_l(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out)
     print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {sum(rouge) / len(rouge):.3f}, on {len(held_out)} rows")
     return {"held_out_loss": loss, "rouge_l": sum(rouge) / len(rouge)}
@@ -798,10 +850,11 @@ def train_sft(s):
 def pair_update(pairs, s, optimizer, loss_of, tokenizer, where):
     """One step on the mean over pairs of loss_of(pairs) -> (loss, margins), in micro-batches. -> metrics."""
     size, loss, right = max(1, s.micro_batch // 2), 0.0, 0            # a pair is two rows
-    for part in [pairs[i:i + size] for i in range(0, len(pairs), size)]:
+    for part in share([pairs[i:i + size] for i in range(0, len(pairs), size)]):
         part_loss, margins = loss_of(part)
         (part_loss * len(part) / len(pairs)).backward()
         loss, right = loss + part_loss.item() * len(part) / len(pairs), right + (margins > 0).sum().item()
+    loss, right = summed(torch.tensor([loss, right], dtype=torch.double)).tolist()
     norm = step(optimizer, s, where, lambda: encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length))
     return {"loss": loss, "accuracy": right / len(pairs), "grad_norm": norm}
 
@@ -899,7 +952,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
 
     # Line 5: reward and log-ratio of every step. Log-probabilities come from the training forward, not the sampler
     with torch.no_grad():
-        logprobs, ref_logprobs, entropy, values = torch.zeros(4, B, T, device=s.device)
+        logprobs, ref_logprobs, entropy, values = of_steps = torch.zeros(4, B, T, device=s.device)
         scores = torch.zeros(B, device=s.device)
         for chunk, part in micro_batches(batch, s):
             at = chunk[:, None], torch.arange(part["response"].shape[1], device=s.device)  # its rows and columns
@@ -909,6 +962,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
                 ref_logprobs[at], _ = response_logprobs(network, part, s.temperature, in_rest[at])
             with roles.reward() as network:
                 scores[chunk] = end_scores(network, roles.reward_head, part)
+        summed(of_steps), summed(scores)
         log_ratios = log_ratio(logprobs, ref_logprobs, sampled)
         if update == 0:
             check_first_update(log_ratios, reset_len, tolerance, s)
@@ -935,6 +989,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
             loss = pg_loss * mask.sum() / in_policy_loss.sum() + s.vf_coef * vf_loss * rest.sum() / in_rest.sum()
             loss.backward()
             new_logprobs[epoch][at], new_values[epoch][at] = part_logprobs.detach(), part_values.detach()
+        summed(new_logprobs[epoch]), summed(new_values[epoch])
         drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
         if epoch == 0 and drift > tolerance:
             stop(f"{where}: before any step the policy differs from the one that sampled (ln ratio up to {drift:.1e}, "
@@ -1014,7 +1069,7 @@ def per_row(function, rows, responses, s, tokenizer):
     with torch.no_grad():
         for chunk, part in micro_batches(pack(queries, responses, tokenizer.eos_token_id, s.device), s):
             out[chunk.cpu()] = function(part).float().cpu()
-    return out
+    return summed(out)
 
 
 def reference_scores(backbone, head, rows, s, tokenizer):
@@ -1056,7 +1111,9 @@ def run_stage(stage, s):
     result.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     figures = STAGES[stage](s) or {}
-    result.write_text(json.dumps({"seconds": time.perf_counter() - began, **figures, "settings": relevant(s, stage)}, indent=1))
+    if world()[0] == 0:
+        result.write_text(json.dumps({"seconds": time.perf_counter() - began, **figures, "settings": relevant(s, stage)}, indent=1))
+    wait_for_all()
 
 
 def parse(argv):
@@ -1082,15 +1139,23 @@ def main(argv=None):
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
     stages = [*STAGES, "eval"] if stage == "all" else [stage]
     with contextlib.ExitStack() as held:
-        if preflight := tool("preflight", needed=False):              # what is wrong is found before anything is trained
+        if "LOCAL_RANK" in os.environ:                                # started by torchrun
+            if s.device.startswith("cuda"):
+                torch.cuda.set_device(s.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if s.device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
+            held.callback(dist.destroy_process_group)
+        if world()[0] > 0:                                            # one process talks
+            sys.stdout = held.enter_context(open(os.devnull, "w"))
+        elif preflight := tool("preflight", needed=False):            # what is wrong is found before anything is trained
             for one in runs:
                 preflight.check(stages, one, held)
+        wait_for_all()
         held.enter_context(torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16",
                                           cache_enabled=False))
         for one in runs:
             for name in stages:
                 run_stage(name, one)
-    if stage in ("eval", "all"):
+    if stage in ("eval", "all") and os.environ.get("RANK", "0") == "0":
         print([tool("report").write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])
 
 

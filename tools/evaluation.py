@@ -1,6 +1,7 @@
 """The eval stage of drpo.py: every finished method of a run on the same held-out prompts, and who judges them."""
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -18,10 +19,13 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
         return ((torch.sign(first - second) + 1) / 2).tolist()
 
     def by_api(prompts, a, b):
+        found = torch.zeros(len(prompts), dtype=torch.double)         # nan: no verdict
         try:
-            return verdicts(prompts, a, b)
+            if drpo.world()[0] == 0:                                  # asked, and paid for, once
+                found += torch.tensor([math.nan if p is None else p for p in verdicts(prompts, a, b)])
         except ValueError as error:
             drpo.stop(error)
+        return [None if math.isnan(p) else p for p in drpo.summed(found).tolist()]
 
     if s.judge == "rm":
         return by_reward
@@ -51,7 +55,8 @@ def evaluate(s):
     def scored(part):
         return drpo.end_scores(backbone, head, part)
 
-    for method in tqdm([name for name in ("sft", "dpo", "ppo", "drpo") if name in results], desc="eval", unit="method"):
+    for method in tqdm([name for name in ("sft", "dpo", "ppo", "drpo") if name in results], desc="eval", unit="method",
+                       disable=drpo.world()[0] > 0):
         network = sft if method == "sft" else drpo.load_network(f"{run}/{method}", s)
         responses, tempered = [drpo.sample(network, rows, s, tokenizer, at) for at in (s.eval_temperature, s.temperature)]
         log_pi, log_sft = [drpo.per_row(lambda part: drpo.sequence_logprobs(net, part, s.temperature), rows, tempered, s,
@@ -63,6 +68,8 @@ def evaluate(s):
                    "eos_rate": [int(ids[-1] == tokenizer.eos_token_id) for ids in responses]}
         for row, *values in zip(samples, *columns.values()):
             row[method] = dict(zip(columns, values))
+    if drpo.world()[0] > 0:
+        return
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     (run / "eval.json").write_text(json.dumps({"rm": results["rm"], "sft": results["sft"], "settings": dataclasses.asdict(s),
                                                "seconds": {stage: result.pop("seconds") for stage, result in results.items()}}))
