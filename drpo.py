@@ -104,6 +104,7 @@ class Settings:
     micro_batch: int = setting("run", 8, "rows per forward pass; changes memory and speed, never the result")
     save_every: int = setting("run", 100, "updates between checkpoints; the last update is always kept")
     keep: int = setting("run", 1, "how many of the newest checkpoints stay on the disk")
+    fresh: bool = setting("run", False, "start over: what the stages and those after them left is deleted, once you say yes")
     device: str = setting("run", "auto", "cpu, cuda, cuda:1 ...; auto takes cuda where there is one")
 
     seed: int = setting("data", 0, "of everything random: data, weights, order, resets, sampling")
@@ -278,6 +279,8 @@ def load_rows(source, kind, seed):
                 if not isinstance(row.get(name), str):
                     stop(f"{source}: {part} row {number}: {name} must be text, not {type(row.get(name)).__name__} "
                          f"(the row has {', '.join(row)})")
+                if re.search("[\ud800-\udfff]", row[name]):
+                    stop(f"{source}: {part} row {number}: {name} has half of a surrogate pair in it, which is not text")
             texts = {name: row[name].strip() for name in fields}
             if all(texts.values()) and len(set(texts.values())) == len(fields):
                 # "TL;DR:" without a space after it: the response brings that. `batch` is the labellers', where it is told
@@ -361,7 +364,8 @@ def draw(rows, size, update, seed, stream):
 # dropout would make two passes over the same tokens disagree, and the ratio of the first epoch would not be 1.
 
 def load(loader, name, s, **kwargs):
-    """loader.from_pretrained from a Hub name, a folder or a .gguf file; a module:function is called with the seed."""
+    """loader.from_pretrained from a Hub name, a folder or a .gguf file; a module:function is called with the seed. Code that
+    comes with a model is not run, and weights in a pickle are read as tensors or not at all."""
     if function := resolve(name):
         return call(function, seed=s.seed)
     path = Path(name)
@@ -369,8 +373,8 @@ def load(loader, name, s, **kwargs):
         stop(f"{name}: no such file or folder")
     try:
         if path.suffix != ".gguf":
-            return loader.from_pretrained(name, **kwargs)
-        loaded = loader.from_pretrained(path.parent, gguf_file=path.name, **kwargs)
+            return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
+        loaded = loader.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, **kwargs)
         if isinstance(loaded, nn.Module):                             # by now its weights are plain, and can be saved as such
             loaded.hf_quantizer = None
             vars(loaded.config).pop("quantization_config", None)

@@ -356,6 +356,10 @@ def no_rows():
     return []
 
 
+def half_a_pair():
+    return [*few()[:2], {"prompt": "x", "reference": "y\ud83d"}, *few()[2:]]
+
+
 def no_dicts():
     return ["text"]
 
@@ -382,6 +386,14 @@ def shelf(tmp_path_factory):
              "choice": [{**comparison(0), "choice": 2}] * N, "notrain/validation": good}
     for name, rows in files.items():
         write(shelf / f"{name}.jsonl", rows)
+    for name, row in {"surrogate": {"prompt": "x\ud800", "reference": "y"}, "dict": {"prompt": {"a": 1}, "reference": "y"},
+                      "bool": {"prompt": "x", "reference": True}, "no_answer": {"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: b"}}.items():
+        write(shelf / f"{name}.jsonl", [row] * N)
+    for name in ("binary.jsonl", "binary.parquet", "binary.csv"):
+        (shelf / name).write_bytes(bytes(range(256)) * 8)
+    (shelf / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "reference": "y"}\n' * N)
+    (shelf / "zero.jsonl").touch()
+    (shelf / "scalar.json").write_text("3")
     (shelf / "text.txt").write_text("one\n")
     (shelf / "head.csv").write_text("prompt,reference\n")
     (shelf / "broken.jsonl").write_text('{"prompt": "x", "reference": "y"}\n{"prompt": "x",\n')
@@ -434,6 +446,18 @@ BAD = {                                                               # command 
     "sft --dataset {shelf}/choice.jsonl": ["choice.jsonl", "training row 0"],
     "sft --dataset {shelf}/empty.jsonl": ["empty.jsonl"],
     "sft --dataset {shelf}/head.csv": ["head.csv"],
+    "sft --dataset {shelf}/zero.jsonl": ["zero.jsonl", "is empty"],
+    "sft --dataset {shelf}/binary.jsonl": ["binary.jsonl", "JSON"],
+    "sft --dataset {shelf}/binary.parquet": ["binary.parquet", "parquet"],
+    "sft --dataset {shelf}/binary.csv": ["binary.csv"],
+    "sft --dataset {shelf}/latin.jsonl": ["latin.jsonl", "training row 0", "utf-8"],
+    "sft --dataset {shelf}/surrogate.jsonl": ["surrogate.jsonl", "surrogate", "row 0"],
+    "sft --dataset test_data:half_a_pair": ["test_data:half_a_pair", "training row 2", "reference", "surrogate"],
+    "sft --dataset {shelf}/dict.jsonl": ["dict.jsonl", "training row 0", "prompt must be text, not dict"],
+    "sft --dataset {shelf}/bool.jsonl": ["bool.jsonl", "training row 0", "reference must be text, not bool"],
+    "sft --dataset {shelf}/no_answer.jsonl": ["no_answer.jsonl", "no usable training rows"],
+    "sft --dataset {shelf}/scalar.json": ["scalar.json"],
+    "sft --dataset {shelf}/broken.jsonl": ["broken.jsonl", "row 1"],
     "sft --dataset {shelf}/blank.jsonl": ["blank.jsonl", "no usable training rows"],
     "sft --dataset {shelf}/one.jsonl": ["one.jsonl", "training"],
     "sft --dataset {shelf}/notrain": ["notrain", "train", "validation"],

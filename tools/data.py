@@ -23,6 +23,8 @@ def load(source):
         raise ValueError(f"{source}: no such file or folder")
     if Path(source).is_file() and not reader:
         raise ValueError(f"{source}: a data file must end in {', '.join(READERS)}, or one of these and .gz")
+    if Path(source).is_file() and not Path(source).stat().st_size:
+        raise ValueError(f"{source}: is empty")
     try:
         name, _, config = source.partition(":")
         splits = datasets.load_dataset(reader, data_files=source) if reader else datasets.load_dataset(name, config or None)
@@ -38,11 +40,12 @@ def load(source):
     result = []
     for part, rows in (("training", train), ("held-out", held_out)):
         result.append([])
-        for number, row in enumerate(rows):
-            try:
+        try:
+            for row in rows:
                 result[-1].append(read_row(row))
-            except (TypeError, AttributeError, KeyError, IndexError) as error:
-                raise ValueError(f"{source}: {part} row {number} cannot be read: {type(error).__name__}: {error}") from error
+        except (TypeError, AttributeError, KeyError, IndexError, UnicodeDecodeError) as error:
+            number = len(result[-1])                                  # of the row after the last good one
+            raise ValueError(f"{source}: {part} row {number} cannot be read: {type(error).__name__}: {error}") from error
     return result
 
 

@@ -1,5 +1,7 @@
 """Everything that can be checked before training starts, so that no stage dies of a typo in the hours after the first one."""
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -22,6 +24,8 @@ def check(stages, s, held):
         drpo.stop(f"--run_dir {run}: another process is at work in it")
     except OSError as error:
         drpo.stop(f"--run_dir {run}: {error.strerror}")
+    if s.fresh:
+        start_over(stages, run)
     if any(is_hub_name(name) for name in (s.model, s.tokenizer, s.dataset, s.preference_dataset)):
         do_without_an_unreachable_hub()
     todo = [stage for stage in stages if stage == "eval" or not (run / stage / "result.json").exists()]
@@ -40,6 +44,20 @@ def check(stages, s, held):
                       f"--model {s.model} has room for {room}")
     if "eval" in todo:
         evaluation.load_judge(s)
+
+
+def start_over(stages, run):
+    """Deletes what these stages, and the stages that build on them, have left in the run folder, if the person agrees."""
+    parts = {stage: set(parts) for stage, parts in drpo.USES.items()}
+    doomed = [run / stage for stage in parts if any(one == stage or parts[one] < parts[stage] for one in stages if one in parts)]
+    doomed += [run / name for name in ("samples.jsonl", "eval.json", "report.json", "report.md", "curves.png")]
+    if not (there := [path for path in doomed if path.exists()]):
+        return
+    print(f"--fresh deletes {', '.join(map(str, there))}. Type yes to go on: ", end="", flush=True)
+    if sys.stdin.readline().strip() != "yes":
+        drpo.stop(f"--fresh: nothing was deleted from {run}, as nobody said yes")
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_hub_name(name):
