@@ -276,10 +276,12 @@ def ppo(lock, data, sft, reward, seed, beta, kl_coef=0.001, entropy=1.0, whiten=
         yield logits.detach().softmax(-1), values.detach(), int(mask.sum()), (mask & (states == CHAIN)).sum(0)
 
 
-def npg_step(sft, policy, q, eta, lam):
+def npg_step(log_sft, log_policy, q, eta, lam):
     """The NPG oracle (Alg. 2) in closed form: argmin_p <-Q, p> + lam KL(p || pi_SFT) + KL(p || pi_t) / eta, in every state:
-    pi_{t+1} ~ pi_SFT^(eta lam / (eta lam + 1)) pi_t^(1 / (eta lam + 1)) exp(eta / (eta lam + 1) Q). (H, 3, A)."""
-    return ((eta * lam * sft.log() + policy.log() + eta * q) / (eta * lam + 1)).softmax(-1)
+    pi_{t+1} ~ pi_SFT^(eta lam / (eta lam + 1)) pi_t^(1 / (eta lam + 1)) exp(eta / (eta lam + 1) Q).
+
+    (H, 3, A) each, in logs: what has become too improbable for a float must find its way back when Q changes."""
+    return ((eta * lam * log_sft + log_policy + eta * q) / (eta * lam + 1)).log_softmax(-1)
 
 
 def npg(lock, data, sft, reward, seed, batch=1024, eta=5.0, lam=1e-4):
@@ -289,10 +291,10 @@ def npg(lock, data, sft, reward, seed, batch=1024, eta=5.0, lam=1e-4):
 
     Yields what `ppo` yields, the critic being Q (H, 3, A). The paper's output is the uniform mixture of all these policies."""
     H, _, A = sft.shape
-    policy, q, resets, rng = sft, torch.zeros(H * 3 * A), generator(seed, "resets"), generator(seed, "rollouts")
+    log_policy, q, resets, rng = sft.log(), torch.zeros(H * 3 * A), generator(seed, "resets"), generator(seed, "rollouts")
     while True:
         rows, reset_len = draw_resets(data, batch, 1.0, resets)
-        at = reset_len, data.states[rows, reset_len]
+        policy, at = log_policy.exp(), (reset_len, data.states[rows, reset_len])
         first_action = torch.multinomial((sft[at] + policy[at]) / 2, 1, generator=rng)[:, 0]
         states, actions = rollout(lock, policy, reset_len, rng, data.states[rows], data.actions[rows], first_action)
         mask = (states != END) & (torch.arange(states.shape[1]) >= reset_len[:, None])
@@ -300,8 +302,8 @@ def npg(lock, data, sft, reward, seed, batch=1024, eta=5.0, lam=1e-4):
         cells = (reset_len * 3 + at[1]) * A + first_action
         counts = torch.bincount(cells, minlength=H * 3 * A)
         q = torch.where(counts > 0, torch.bincount(cells, returns, minlength=H * 3 * A) / counts, q)
-        policy = npg_step(sft, policy, q.view(H, 3, A), eta, lam)
-        yield policy, q.view(H, 3, A), int(mask.sum()), (mask & (states == CHAIN)).sum(0)
+        log_policy = npg_step(sft.log(), log_policy, q.view(H, 3, A), eta, lam)
+        yield log_policy.exp(), q.view(H, 3, A), int(mask.sum()), (mask & (states == CHAIN)).sum(0)
 
 
 def dpo(data, sft, pairs, beta=0.1, steps=100, lr=0.1):
@@ -507,7 +509,7 @@ def main(argv=None):
     modes.add_argument("--quick", action="store_true", help="the main claims at H = 10, in seconds")
     modes.add_argument("--full", action="store_true", help="everything, 10 seeds, in half an hour")
     modes.add_argument("--tune", action="store_true", help="PPO's own grid, on seeds that are not reported on")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for results.json, toy.png (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for results.json, claims.md and toy.png (default: %(default)s)")
     args = parser.parse_args(argv)
     mode = next((mode for mode in ("quick", "full", "tune") if getattr(args, mode)), "default")
     try:
@@ -520,6 +522,8 @@ def main(argv=None):
         return tabulate_grid(results, args.out)
     from tools.toy_report import NOT_EXPECTED, claims, draw, table
     rows = claims(results)
+    (args.out / "claims.md").write_text("| claim | verdict | measured |\n|---|---|---|\n" +
+                                        "".join(f"| {' | '.join(row)} |\n" for row in rows))
     (args.out / "results.json").write_text("{\"claims\": [" + ",\n".join(map(json.dumps, rows)) +
                                            "],\n\"runs\": [" + ",\n".join(map(json.dumps, results)) + "]}\n")
     print(table(results))

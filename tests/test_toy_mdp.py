@@ -1,6 +1,7 @@
 """The detour lock of toy_env.py: its tables, its exact values, and the methods that are tried on it."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import toy_env
 from drpo import gae, generator, ppo_policy_loss
 from toy_env import CHAIN, CORRIDOR, END, Data, Run
 from tools import toy_report
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -234,17 +237,25 @@ def test_the_npg_step_minimises_its_objective():
         optimizer.zero_grad()
         objective(logits.softmax(-1)).backward()
         optimizer.step()
-    closed = toy_env.npg_step(sft, policy, q, eta, lam)
+    closed = toy_env.npg_step(sft.log(), policy.log(), q, eta, lam).exp()
     torch.testing.assert_close(closed, logits.detach().softmax(-1), atol=1e-5, rtol=0)
     assert objective(closed) <= objective(logits.softmax(-1)) + 1e-12
 
 
 def test_the_npg_step_keeps_to_its_anchors():
     """No step size: the policy stays. A huge lambda: back to SFT. Neither reward nor KL: the policy stays."""
-    sft, policy, q = random_policy((2, 3, 4), 1), random_policy((2, 3, 4), 2), torch.ones(2, 3, 4)
+    sft, policy, q = random_policy((2, 3, 4), 1).log(), random_policy((2, 3, 4), 2).log(), torch.ones(2, 3, 4)
     torch.testing.assert_close(toy_env.npg_step(sft, policy, 3 * q, 0.0, 1.0), policy)
     torch.testing.assert_close(toy_env.npg_step(sft, policy, q, 1.0, 1e6), sft, atol=1e-4, rtol=0)
     torch.testing.assert_close(toy_env.npg_step(sft, policy, q, 5.0, 0.0), policy)
+
+
+def test_the_npg_step_finds_back_from_a_probability_below_the_smallest_float():
+    log_policy, sft = torch.tensor([0.0, -300.0]), torch.tensor([0.5, 0.5]).log()
+    assert log_policy.exp()[1] == 0
+    for _ in range(80):
+        log_policy = toy_env.npg_step(sft, log_policy, torch.tensor([0.0, 1.0]), 5.0, 0.0)
+    assert log_policy.exp()[1] > 0.99
 
 
 def test_the_npg_critic_is_the_action_value_of_the_policy(small):
@@ -327,6 +338,7 @@ def test_the_main_claims_hold_at_ten_layers_on_the_first_reported_seeds(quick):
     results = json.loads((out / "results.json").read_text())
     verdicts = {claim: verdict for claim, verdict, _ in results["claims"]}
     assert len(verdicts) == 5 and set(verdicts.values()) == {"holds"}
+    assert (out / "claims.md").read_text().count("| holds |") == 5
     assert status == 0 and (out / "toy.png").stat().st_size > 50_000
     for r in results["runs"]:
         if r["run"]["method"] == "drpo":
@@ -390,3 +402,20 @@ def test_fits_find_the_law_that_made_the_counts():
     assert math.exp(rate) == pytest.approx(3.0)
     _, off = toy_report.line_fit([10, 20, 40], [3 * H ** 1.7 for H in (10, 20, 40)])
     assert off > 0.1
+
+
+def test_the_table_in_the_readme_is_the_one_of_the_committed_results():
+    folder = ROOT / "results" / "toy"
+    table = (folder / "claims.md").read_text()
+    assert table in (ROOT / "README.md").read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert [list(row) for row in toy_report.claims(results["runs"])] == results["claims"]
+    assert all(f"| {' | '.join(row)} |" in table for row in results["claims"])
+    assert {claim for claim, verdict, _ in results["claims"] if verdict != "holds"} == toy_report.NOT_EXPECTED
+    assert sorted({r["run"]["seed"] for r in results["runs"]}) == list(toy_env.SEEDS)
+
+
+def test_ppo_tuned_for_itself_has_the_best_settings_of_the_committed_grid():
+    rows = json.loads((ROOT / "results" / "toy" / "tuning.json").read_text())
+    assert len(rows) == 54
+    assert {name: rows[0][name] for name in toy_env.TUNED_PPO} == toy_env.TUNED_PPO

@@ -9,7 +9,7 @@ from toy_env import HEAT_BETAS, HEAT_KLS, SOLVED, TUNED_PPO, Run
 
 HORIZONS, BETAS, PAIRS = (10, 20, 30, 40), (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0), (1000, 2000, 5000, 10_000, 50_000)
 BARS = {"drpo": {10: 60_000, 20: 200_000, 30: 350_000, 40: 1_200_000},          # episodes within which all seeds are to be solved
-        "npg": {10: 60_000, 20: 120_000, 30: 350_000, 40: 1_200_000}}
+        "npg": {10: 60_000, 20: 120_000, 30: 1_000_000, 40: 1_200_000}}
 NOT_EXPECTED = {"... with beta in [0.25, 1] within 2x"}               # to hold: README.md says so
 
 
@@ -175,12 +175,12 @@ def draw(results, path):
     by_method["tuned"] = {H: runs for H in horizons if (runs := pick(results, "ppo", H, **TUNED_PPO))}
 
     draw_lock(lock)
-    for method in ("drpo", "npg", "ppo", "tuned", "dpo", "fitted_q"):
-        if method in by_method:
+    for place, method in enumerate(("drpo", "npg", "fitted_q", "ppo", "tuned", "dpo")):
+        if method in by_method:                                       # shifted a little, so that no line hides another
             shares = {H: len(solved(runs)) / len(runs) for H, runs in by_method[method].items()}
         else:
             shares = {H: mean(r[method] > SOLVED for r in pick(results, "offline", H)) for H in horizons}
-        success.plot(list(shares), list(shares.values()), "o-", color=colours[method], label=names[method], alpha=0.8)
+        success.plot(list(shares), [share - 0.012 * (place % 3 - 1) for share in shares.values()], "o-", color=colours[method], label=names[method], alpha=0.8)
     success.set(title="Share of seeds solved", xlabel="H", ylim=(-0.05, 1.05), xticks=horizons)
     success.legend(loc="center left")
 
