@@ -102,6 +102,8 @@ class Settings:
     run_dir: str = setting("run", "", "where everything is written; empty: runs/PRESET, with --seeds runs/PRESET_seeds")
     seeds: list[int] = setting("run", [], "repeat with each of these seeds in RUN_DIR/seed_K, then tabulate mean and range")
     micro_batch: int = setting("run", 8, "rows per forward pass; changes memory and speed, never the result")
+    checkpoint_activations: bool = setting("run", False, "memory for time: layers are computed anew in the backward pass")
+    check_rollouts: bool = setting("run", False, "to debug: hold every token drawn against a plain forward pass")
     save_every: int = setting("run", 100, "updates between checkpoints; the last update is always kept")
     keep: int = setting("run", 1, "how many of the newest checkpoints stay on the disk")
     fresh: bool = setting("run", False, "start over: what the stages and those after them left is deleted, once you say yes")
@@ -706,8 +708,10 @@ def reset_rollouts(policy, rows, update, tokenizer, s):
                   for row in episodes]
     reset_len = sample_reset_lengths(torch.tensor([len(ids) for ids in references]), s.beta, rng, s.reset_include_prompt)
     prefixes = [ids[:length] for ids, length in zip(references, reset_len.tolist())]
-    responses = rollout(policy, queries, prefixes, torch.rand(B, T, generator=rng), tokenizer, s, s.temperature,
-                        stop_at_eos=s.masking == "sampled")
+    uniforms = torch.rand(B, T, generator=rng)
+    responses = rollout(policy, queries, prefixes, uniforms, tokenizer, s, s.temperature, stop_at_eos=s.masking == "sampled")
+    if s.check_rollouts:
+        tool("rollout_check").check(policy, queries, prefixes, responses, uniforms, tokenizer, s)
     batch = pack(queries, responses, eos, s.device, width=T) | {"reset_len": reset_len.to(s.device)}
     batch["decoded"] = batch["response_len"] - batch["reset_len"]
     batch["has_eos"] = torch.tensor([eos in ids for ids in responses], device=s.device)
@@ -732,6 +736,8 @@ def training(stage, updates, lr, modules, s):
     AdamW with eps 1e-5, lr linear from `lr` to lr / updates. Randomness depends on seed and update number alone, so a
     checkpoint is no more than trained weights, optimizer state and a number, and an interrupted stage goes on from it.
     SIGTERM and SIGINT let the update end, save, and end the run with status 0. Without tools/ there are no checkpoints."""
+    if s.checkpoint_activations:
+        tool("memory").checkpoint_layers(modules)
     params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=lr, eps=1e-5)
     folder, done = Path(s.run_dir) / stage, 0

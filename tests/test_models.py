@@ -4,8 +4,10 @@ frozen twins, rollouts, and whole updates of every stage from a tiny run folder.
 What is expected comes from plain transformers, one row at a time and without padding, or from a slow loop. Weights are drawn
 large, so that distributions are far from uniform, and the end-of-text token is neither 0 nor the padding token."""
 import copy
+import dataclasses
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +17,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
                           GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast)
 
 import drpo
+from tools import memory, rollout_check
 
 NAN = float("nan")
 WORDS = ["[UNK]", "[PAD]", "the", "<|endoftext|>", "good", *(f"w{i}" for i in range(59))]
@@ -550,6 +554,20 @@ def test_a_rollout_that_does_not_stop_at_eos_has_T_tokens_and_begins_as_the_one_
     assert [ids[:len(short)] for ids, short in zip(full, stopped)] == stopped
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_eos_may_come_in_the_first_in_the_last_and_in_no_place(prefix):
+    """Uniforms from the middle of what draws the wanted token; prefixes of 0, of 1 and of all but one of six tokens."""
+    network, query, rng = likely_eos(gpt_neox()), [5, 6, 7], random.Random(prefix)
+    start = [rng.randrange(4, VOCABULARY) for _ in range(prefix)]
+    rest = [rng.randrange(4, VOCABULARY) for _ in range(5 - prefix)]
+    wanted, u = [[*start, EOS], [*start, *rest, EOS], [*start, *rest, 9]], torch.zeros(3, 6)
+    for row, ids in enumerate(wanted):
+        for t in range(prefix, len(ids)):
+            cdf = F.pad(logits_of(network, query + ids[:t])[-1].double().softmax(-1).cumsum(-1), (1, 0))
+            u[row, t] = (cdf[ids[t]] + cdf[ids[t] + 1]) / 2
+    assert roll(network, [query] * 3, [start] * 3, u, temperature=1.0) == wanted
+
+
 def test_a_reset_saves_decoding_steps():
     network, calls = gpt_neox(), []
     network.register_forward_hook(lambda *_: calls.append(1))
@@ -587,6 +605,59 @@ def test_a_token_without_probability_is_never_drawn():
     for n in range(100, 200):                                         # rounding: for many n these add up to less than 1
         probabilities = torch.cat([torch.ones(n) / n, torch.zeros(1)])
         assert roll(Stub(), [[5]], [[]], u[-1:, None], temperature=1.0) == [[n - 1]]
+
+
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+@every_network
+def test_sound_rollouts_pass_their_check(make, stop_at_eos, capsys):
+    network, (queries, prefixes, u) = likely_eos(make()), reset_rows()
+    responses = roll(network, queries, prefixes, u, stop_at_eos=stop_at_eos)
+    rollout_check.check(network, queries, prefixes, responses, u, tokenizer(), settings(micro_batch=4))
+    drawn = sum(map(len, responses)) - sum(map(len, prefixes))
+    assert f"check: {drawn} tokens drawn are those of a plain forward pass" in capsys.readouterr().out
+
+
+@every_network
+def test_positions_that_are_wrong_in_decoding_fail_the_check_of_rollouts(make, capsys):
+    network, (queries, prefixes, u) = likely_eos(make()), reset_rows()
+    sound = roll(network, queries, prefixes, u)
+
+    def one_further(module, args, kwargs):
+        if kwargs.get("past_key_values") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + 1
+        return args, kwargs
+    network.register_forward_pre_hook(one_further, with_kwargs=True)
+    responses = roll(network, queries, prefixes, u)
+    assert responses != sound
+    with pytest.raises(SystemExit) as end:
+        rollout_check.check(network, queries, prefixes, responses, u, tokenizer(), settings(micro_batch=1))
+    error = capsys.readouterr().err
+    row, place = map(int, re.search(r"row (\d+): response token (\d+) is", error).groups())
+    assert end.value.code == 3 and error.count("\n") == 1
+    same = slow_rollout(network, queries[row], responses[row][:place], u[row], 0.7)[place]
+    assert f"is {responses[row][place]}, where a plain forward pass draws {same}:" in error and same != responses[row][place]
+
+
+def test_the_check_of_rollouts_forgives_rounding_and_no_more(capsys):
+    """A uniform a little beyond the step between two tokens may draw either; one that is far from it, only its own."""
+    network, query = gpt_neox(), [5, 6, 7]
+    cdf = (logits_of(network, query)[-1].double() / 0.7).softmax(-1).cumsum(-1)
+    token = int(torch.diff(cdf).argmax())                             # the next one has the most probability
+    for beyond, fine in ((1e-5, True), (1e-2, False)):
+        given = [query], [[]], [[token, 9]], torch.tensor([[cdf[token] + beyond, 0.5]]).float()
+        given[3][0, 1] = ((logits_of(network, query + [token])[-1] / 0.7).softmax(-1).cumsum(-1)[8:10].mean())
+        if fine:
+            rollout_check.check(network, *given, tokenizer(), settings())
+            assert "; 1 of them within rounding" in capsys.readouterr().out
+        else:
+            with pytest.raises(SystemExit):
+                rollout_check.check(network, *given, tokenizer(), settings())
+            assert f"row 0: response token 0 is {token}, where a plain forward pass draws {token + 1}" in capsys.readouterr().err
+
+
+def test_a_run_checks_the_rollouts_of_every_update(start, tmp_path, capsys):
+    run("drpo", start(tmp_path, check_rollouts=True, updates=2))
+    assert capsys.readouterr().out.count("tokens drawn are those of a plain forward pass") == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -812,6 +883,30 @@ def test_micro_batch_changes_neither_gradient_nor_weights_nor_metrics(start, tmp
 
 
 @with_and_without_lora
+def test_in_float64_no_micro_batch_changes_the_gradient_of_drpo(start, tmp_path, monkeypatch, lora_r):
+    """Networks, heads, losses, and `float()`: all of them double."""
+    gradients, original, load_network = [], drpo.step, drpo.load_network
+
+    def recorded(optimizer, *rest):
+        gradients.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"] if p.grad is not None]))
+        return original(optimizer, *rest)
+    s = start(tmp_path, lora_r=lora_r, epochs=1, whiten_rewards=True)
+    monkeypatch.setattr(drpo, "step", recorded)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(drpo, "load_network", lambda *args, **kwargs: load_network(*args, **kwargs).double())
+    torch.set_default_dtype(torch.float64)
+    try:
+        for micro_batch in (1, 2, 4, 8):
+            shutil.rmtree(tmp_path / "drpo", ignore_errors=True)
+            drpo.run_stage("drpo", dataclasses.replace(s, micro_batch=micro_batch))
+    finally:
+        monkeypatch.undo()
+        torch.set_default_dtype(torch.float32)
+    assert gradients[0].dtype == torch.float64 and gradients[0].abs().max() > 1e-2
+    assert all(torch.allclose(gradient, gradients[0], rtol=0, atol=1e-9) for gradient in gradients[1:])
+
+
+@with_and_without_lora
 def test_beta_0_is_ppo_bit_for_bit(start, tmp_path, lora_r):
     changes = {"updates": 2, "lora_r": lora_r}
     drpo_weights, drpo_metrics = run("drpo", start(tmp_path / "drpo", beta=0.0, **changes))
@@ -1034,3 +1129,53 @@ def test_supervised_stages_with_lora_save_networks_with_the_adapter_merged_in(st
     words = tokenizer()                                               # the bias was measured with the adapter on
     scores = drpo.reference_scores(*drpo.load_reward(f"{tmp_path}/rm", s), rows("train", 0), s, words)
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Activation checkpointing
+
+def kept_for_backward(function):
+    """Bytes that autograd holds until the backward pass of function(), parameters aside."""
+    kept = {}
+
+    def pack(x):
+        if not isinstance(x, nn.Parameter) and not isinstance(x._base, nn.Parameter):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()          # held, so that no other takes its place
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        function().backward()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@with_and_without_lora
+@every_network
+def test_activation_checkpointing_keeps_less_for_backward_and_changes_no_gradient(make, lora_r):
+    network, _ = drpo.twin(make(), lora_r)
+    _, _, batch = ragged()
+
+    def measured():
+        network.zero_grad()
+        kept = kept_for_backward(lambda: drpo.response_logprobs(network, batch)[0].sum())
+        return kept, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    kept, gradients = measured()
+    memory.checkpoint_layers(network)
+    kept_less, same = measured()
+    assert kept_less < 0.6 * kept
+    assert max(g.abs().max() for g in gradients.values()) > 1e-2
+    assert largest_gap(gradients, same) < 1e-6
+    assert not any(module.training for module in network.modules())
+
+
+@pytest.mark.parametrize("stage", ["sft", "drpo"])
+@with_and_without_lora
+def test_a_run_with_activation_checkpointing_ends_at_the_same_weights_and_metrics(start, tmp_path, monkeypatch, stage, lora_r):
+    calls, original = [], memory.checkpoint
+    monkeypatch.setattr(memory, "checkpoint", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+
+    def once(on):
+        s = start(tmp_path / str(on), stage, lora_r=lora_r, supervised_lora_r=lora_r, sft_steps=1, checkpoint_activations=on)
+        return run(stage, s)
+    (weights, metrics), nothing, (same, again) = once(False), list(calls), once(True)
+    assert not nothing and calls
+    assert largest_gap(weights, same) < 1e-6
+    assert again[0] == pytest.approx(metrics[0], rel=1e-5, abs=1e-6)
