@@ -47,7 +47,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -341,6 +340,7 @@ HEAT_BETAS, HEAT_KLS = (0.1, 0.25, 0.5, 1.0), (0.0, 0.001, 0.01, 0.03, 0.1, 0.3)
 SEEDS = range(100, 110)                                               # for reporting only; every setting was chosen on others
 SOLVED = 0.9                                                          # of the best return, 1
 EVALUATE_EVERY = 5                                                    # updates
+SNAPSHOTS = {round(1.2 ** k) for k in range(50)}                      # updates at which it is kept who acted where
 
 
 @dataclass(frozen=True)
@@ -405,29 +405,23 @@ def execute(run):
     else:
         updates = ppo(lock, resets, sft, reward, run.seed, 0.0 if run.method == "ppo" else run.beta, run.kl_coef, run.entropy,
                       run.whiten, run.batch)
-    curve, visits, steps, total, cost, start = [], [], 0, 0.0, None, time.process_time()
+    values, visits, steps, cost, start = [], [], 0, None, time.process_time()
     result |= {"episodes_to_solve": None, "steps_to_solve": None}
     for update in range(1, run.budget // run.batch + 1):
         policy, _, taken, on_chain = next(updates)
         steps += taken
         if update <= 50:
             cost = {"steps_per_update": steps / update, "seconds_per_update": (time.process_time() - start) / update}
+        if update in SNAPSHOTS:
+            visits.append([update * run.batch, *(on_chain / run.batch).tolist(), *[0.0] * (run.H - len(on_chain))])
         if update % EVALUATE_EVERY == 0:
-            value = true_value(policy)
-            total += value
-            curve.append([update * run.batch, round(value, 4)])
-            visits.append([round(x, 3) for x in (on_chain / run.batch).tolist()] + [0.0] * (run.H - len(on_chain)))
-            if value > SOLVED and result["episodes_to_solve"] is None:
+            values.append(true_value(policy))
+            if values[-1] > SOLVED and result["episodes_to_solve"] is None:
                 result |= {"episodes_to_solve": update * run.batch, "steps_to_solve": steps}
                 if not run.run_on:
                     break
-    result |= {"value": value, "learned_return": learned_value(policy), "mixture_value": total / len(curve), **cost}
-    return result | ({"curve": thinned(curve), "visits": thinned(visits)} if run.seed == SEEDS[0] else {})
-
-
-def thinned(rows, most=40):
-    """At most about `most` of the rows, evenly, the last one included."""
-    return rows[::-1][::math.ceil(len(rows) / most)][::-1]
+    result |= {"value": values[-1], "learned_return": learned_value(policy), "mixture_value": statistics.mean(values), **cost}
+    return result | ({"visits": visits} if run.seed == SEEDS[0] else {})
 
 
 def plan(mode):
