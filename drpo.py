@@ -846,9 +846,9 @@ def train_sft(s):
         sums = [[x.item() for x in token_losses(part)] for _, part in micro_batches(batch, s)]
     total, count = summed(torch.tensor(sums, dtype=torch.double).reshape(-1, 2).sum(0)).tolist()
     loss = total / count
-    rouge = rouge_l(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out)
-    print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {sum(rouge) / len(rouge):.3f}, on {len(held_out)} rows")
-    return {"held_out_loss": loss, "rouge_l": sum(rouge) / len(rouge)}
+    rouge_l = rouge(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out)
+    print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {sum(rouge_l) / len(rouge_l):.3f}, on {len(held_out)} rows")
+    return {"held_out_loss": loss, "rouge_l": sum(rouge_l) / len(rouge_l)}
 
 
 def pair_update(pairs, s, optimizer, loss_of, tokenizer, where):
@@ -1087,10 +1087,10 @@ def decode(responses, tokenizer):
     return [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
 
 
-def rouge_l(texts, rows):
-    """ROUGE-L F1 with stemming, as `evaluate.load("rouge")` computes it, per text."""
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return [scorer.score(row["reference"], text)["rougeL"].fmeasure for text, row in zip(texts, rows)]
+def rouge(texts, rows, kind="rougeL"):
+    """ROUGE F1 (rouge1, rouge2 or rougeL) with stemming, as `evaluate.load("rouge")` computes it, per text."""
+    scorer = RougeScorer([kind], use_stemmer=True)
+    return [scorer.score(row["reference"], text)[kind].fmeasure for text, row in zip(texts, rows)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

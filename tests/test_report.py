@@ -1,7 +1,6 @@
 """tools/report.py on small made-up run folders, with numbers worked by hand."""
 import ast
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settin
         "sft": {"held_out_loss": 2.0, "rouge_l": 0.3}, "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings},
         "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0}}))
     samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} | {
-        name: {"response": f"{name} says {i}", "win_rate": rate, "rm_score": 1.0 + (i > 1), "kl": 2.5, "rouge_l": i / 10,
+        name: {"response": f"{name} says {i}", "win_rate": rate, "rm_score": 1.0 + (i > 1), "kl": 2.5, "rouge_1": 0.3, "rouge_2": 0.1, "rouge_l": i / 10,
                "response_tokens": 9 + i // 2, "eos_rate": int(i > 0)} for name, rate in win_rates.items()} for i in range(4)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     keys = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2}
@@ -67,11 +66,16 @@ def test_single_run(tmp_path):
     assert "judge: toy_env:gold_judge\n" in text and "NOT independent" not in text
 
     page = (run / "report.md").read_text(encoding="utf-8")
-    # half widths: 0.98 times the standard deviation over the four prompts, 0.5 of the scores
-    assert ("| DR-PO | 0.500 [0.150, 0.850] | 1.50 [1.01, 1.99] | 2.50 [2.50, 2.50] | 0.150 [0.040, 0.260] "
-            "| 9.5 [9.0, 10.0] | 0.75 [0.30, 0.95] |") in page
+    # half widths: 0.98 times the standard deviation over the four prompts, 0.5 of the scores. Of 12 words "drpo says 0" 6
+    # differ, of 8 pairs 5; texts that are all longer by the same cannot tell what the win rate at equal length would be
+    assert ("| DR-PO | 0.500 [0.150, 0.850] | - - | 1.50 [1.01, 1.99] | 2.50 [2.50, 2.50] | 0.300 | 0.100 | 0.150 | 9.5 | 0.75 "
+            "| 0.500 | 0.625 |") in page
+    assert "| DR-PO minus PPO | +0.250 | [0.250, 0.250] |" in page    # the same on each prompt
     saved = json.loads((run / "report.json").read_text())
     assert list(saved["methods"]) == ["sft", "ppo", "drpo"] and saved["methods"]["drpo"]["kl"] == 2.5
+    assert saved["methods"]["drpo"]["rouge_l_ci95"] == pytest.approx([0.15 - 0.98 * 0.0125 ** 0.5, 0.15 + 0.98 * 0.0125 ** 0.5])
+    assert list(saved["differences"]) == ["ppo - sft", "drpo - sft", "drpo - ppo"]
+    assert saved["differences"]["drpo - sft"] == {"mean": 0.375, "ci95": [0.375, 0.375], "prompts": 4}
     assert saved["rm"]["accuracy_by_batch"]["all"]["pairs"] == 10 and saved["seconds"]["drpo"] == 30.0
     assert page.count("### Post") == 3 and "told 2" in page and "told 3" not in page
     assert "    reference: told 0\n\n    SFT (win 0.12, RM score 1.00): sft says 0\n\n    PPO (" in page
@@ -116,12 +120,23 @@ def test_three_seeds(three_seeds, no_figure):
     page = (three_seeds / "report.md").read_text(encoding="utf-8")
     assert "| 2 | 0.290 | 0.100 | 0.400 |\n| 10 | 0.000 | 0.400 | 0.600 |" in page
     saved = json.loads((three_seeds / "report.json").read_text())
-    assert set(saved) == {"methods", "seeds", "rm", "settings"}
+    assert set(saved) == {"methods", "differences", "seeds", "rm", "settings"}
+    assert saved["differences"]["drpo - ppo"]["values"] == pytest.approx([0.1, 0.3, 0.2])
+    assert "| DR-PO minus SFT | +0.203 | " in page                    # -0.1, 0.11, 0.6
     assert saved["seeds"] == [1, 2, 10] and saved["settings"] == SETTINGS
     wins = saved["methods"]["drpo"]["win_rate"]
     assert wins.pop("values") == [0.2, 0.4, 0.6]
     assert wins == pytest.approx({"mean": 0.4, "std": 0.2, "min": 0.2, "max": 0.6, "n": 3})
     assert saved["methods"]["ppo"]["kl"]["mean"] == 2.5 and saved["rm"]["accuracy"]["mean"] == pytest.approx(0.7)
+
+
+def test_samples_of_an_older_version_are_named_in_one_line(tmp_path, capsys):
+    run = make_run(tmp_path / "run", {"sft": 0.5})
+    (run / "samples.jsonl").write_text((run / "samples.jsonl").read_text().replace('"rouge_2"', '"rouge_two"'))
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(run)])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "rouge_2" in err and "python drpo.py eval" in err
 
 
 def test_seeds_again_after_the_first_report(three_seeds, no_figure):
@@ -155,18 +170,6 @@ def test_the_figure_draws_mean_and_band(three_seeds, monkeypatch):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["PPO", "DR-PO", "SFT", "reward model"]
     assert not figures[0].axes[8].lines  # nobody ran DPO
     assert "3 seeds" in figures[0].get_suptitle()
-
-
-def test_t_quantiles():
-    """The table against the integral of Student's density from 0 to t, by Simpson's rule: must be 0.475."""
-    for df, t in enumerate(report.T975, 1):
-        scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
-        density = [scale * (1 + (t * i / 1000) ** 2 / df) ** (-(df + 1) / 2) for i in range(1001)]
-        integral = (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2])) * t / 3000
-        assert integral == pytest.approx(0.475, abs=3e-5), df
-    many = report.spread([0.0, 1.0] * 50)
-    low, high = report.t_interval(many)  # 99 degrees: the last one
-    assert high - low == pytest.approx(2 * 2.042 * many["std"] / 10)
 
 
 def spoil(tmp_path, what):
@@ -211,17 +214,11 @@ def test_command(tmp_path):
     assert done.stderr.count("\n") == 1 and "none: no eval.json" in done.stderr
 
 
-def test_wilson_interval_stays_inside_zero_and_one():
-    """At 0 of 10 the upper end is z^2 / (n + z^2); a half counts as half a hit; many hits come close to p +- z sqrt(p q / n)."""
-    assert report.wilson(0, 10) == pytest.approx([0, 1.96 ** 2 / (10 + 1.96 ** 2)])
-    assert report.wilson(10, 10)[1] == pytest.approx(1) and report.wilson(4.5, 10)[0] < 0.45
-    assert report.wilson(5000, 10000) == pytest.approx([0.5 - 0.0098, 0.5 + 0.0098], abs=1e-5)
-
-
-def test_it_imports_nothing_of_ours():
-    tree = ast.parse((ROOT / "tools" / "report.py").read_text(encoding="utf-8"))
-    def names(nodes):
+def test_it_imports_nothing_of_ours_but_statistics_which_import_nothing_of_ours():
+    def imported(nodes):
         return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} | {
-            node.module.partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert names(tree.body) <= sys.stdlib_module_names  # matplotlib only to draw
-    assert names(ast.walk(tree)) <= sys.stdlib_module_names | {"matplotlib"}
+            node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    trees = {name: ast.parse((ROOT / "tools" / name).read_text(encoding="utf-8")) for name in ("report.py", "stats.py")}
+    assert imported(trees["report.py"].body) <= sys.stdlib_module_names | {"tools.stats"}  # matplotlib only to draw
+    assert imported(ast.walk(trees["report.py"])) <= sys.stdlib_module_names | {"tools.stats", "matplotlib.figure"}
+    assert imported(ast.walk(trees["stats.py"])) <= sys.stdlib_module_names | {"numpy"}

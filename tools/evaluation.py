@@ -64,7 +64,8 @@ def evaluate(s):
         texts = drpo.decode(responses, tokenizer)
         columns = {"response": texts, "win_rate": judge(prompts, texts, references), "kl": (log_pi - log_sft).tolist(),
                    "rm_score": drpo.per_row(scored, rows, responses, s, tokenizer).tolist(),
-                   "rouge_l": drpo.rouge_l(texts, rows), "response_tokens": [len(ids) for ids in responses],
+                   **{f"rouge_{kind.lower()}": drpo.rouge(texts, rows, f"rouge{kind}") for kind in "12L"},
+                   "response_tokens": [len(ids) for ids in responses],
                    "eos_rate": [int(ids[-1] == tokenizer.eos_token_id) for ids in responses]}
         for row, *values in zip(samples, *columns.values()):
             row[method] = dict(zip(columns, values))

@@ -7,21 +7,25 @@ of its own. Any other folder is a single run, and needs the eval.json and sample
 """
 import argparse
 import json
-import math
 import statistics
 import sys
 import textwrap
+from itertools import combinations
 from pathlib import Path
 
+from tools.stats import distinct, length_controlled, mean_interval, paired_bootstrap, spread, t_interval, wilson
+
 METHODS = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "drpo": "DR-PO"}
-METRICS = {"win_rate": ("win rate vs reference", 3), "rm_score": ("RM score", 2), "kl": ("KL to SFT", 2),
-           "rouge_l": ("ROUGE-L", 3), "response_tokens": ("tokens", 1), "eos_rate": ("EOS rate", 2)}    # title, decimals
+METRICS = {"win_rate": ("win rate vs reference", 3), "lc_win_rate": ("at equal length", 3), "rm_score": ("RM score", 2),
+           "kl": ("KL to SFT", 2), "rouge_1": ("ROUGE-1", 3), "rouge_2": ("ROUGE-2", 3), "rouge_l": ("ROUGE-L", 3),
+           "response_tokens": ("tokens", 1), "eos_rate": ("EOS rate", 2), "distinct_1": ("distinct-1", 3),
+           "distinct_2": ("distinct-2", 3)}                           # title, decimals
+MEANS = [key for key in METRICS if key not in ("lc_win_rate", "distinct_1", "distinct_2")]  # over prompts; not so these three
+IN_TERMINAL = ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")
+WITH_INTERVAL = ("win_rate", "lc_win_rate", "rm_score", "kl")         # in report.md; report.json has all intervals
 # On the toy gate corpus, writing the full summary every time wins about 0.65. About half of that tells a run that has
 # found it from one that has not.
 FOUND = 0.30
-# Student's t, 0.975 quantile, for 1..30 degrees of freedom. Beyond them the last one serves: at most 4 % too wide.
-T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 
 COLOURS = {"sft": "tab:gray", "rm": "tab:purple", "dpo": "tab:green", "ppo": "tab:blue", "drpo": "tab:orange"}
 RL = ("ppo", "drpo")
@@ -53,52 +57,33 @@ def read(path, lines=False):
         fail(f"{path}: not JSON ({error}); mend or delete it")
 
 
-def spread(values):
-    """Values, one a seed and None where the seed lacks it -> their statistics. One value alone has no std."""
-    given = [value for value in values if value is not None]
-    return {"mean": statistics.mean(given), "std": statistics.stdev(given) if len(given) > 1 else None,
-            "min": min(given), "max": max(given), "n": len(given), "values": values}
-
-
-def wilson(hits, n, z=1.96):
-    """Hits among n, ties as halves -> the 95 % interval [low, high] of their share, which behaves at 0 and 1 as +- does not."""
-    p = hits / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
-
-
-def mean_interval(values, z=1.96):
-    """-> the 95 % interval [low, high] of the mean by the normal approximation."""
-    mean, half = statistics.fmean(values), z * statistics.pstdev(values) / math.sqrt(len(values))
-    return [mean - half, mean + half]
-
-
 def summarise(known, samples):
-    """What `drpo.py eval` left -> report.json: each method's mean of each metric, with its 95 % interval over the prompts."""
-    methods = {name: {} for name in METHODS if name in samples[0]}
+    """What `drpo.py eval` left -> report.json: each method's figures with their 95 % intervals over the prompts, and the
+    differences of win rate between methods on the same prompts."""
+    methods, references = {name: {} for name in METHODS if name in samples[0]}, [row["reference"] for row in samples]
     for name, figures in methods.items():
-        figures["judged"] = sum(row[name]["win_rate"] is not None for row in samples)
-        figures["ties"] = sum(row[name]["win_rate"] == 0.5 for row in samples)
+        said = [row[name] for row in samples]
+        if missing := [key for key in MEANS if key not in said[0]]:
+            fail(f"samples.jsonl has no {', '.join(missing)}: make it again with: python drpo.py eval")
+        verdicts, texts = [one["win_rate"] for one in said], [one["response"] for one in said]
+        figures["judged"], figures["ties"] = len(verdicts) - verdicts.count(None), verdicts.count(0.5)
         if not figures["judged"]:
             fail(f"the judge gave no verdict on any response of {METHODS[name]}: ask another one")
-        for key in METRICS:
-            values = [row[name][key] for row in samples if row[name][key] is not None]
+        for key in MEANS:
+            values = [one[key] for one in said if one[key] is not None]
             shares = key in ("win_rate", "eos_rate")
             figures[key] = statistics.fmean(values)
             figures[f"{key}_ci95"] = wilson(sum(values), len(values)) if shares else mean_interval(values)
+        gaps = [len(text) - len(reference) for text, reference in zip(texts, references)]  # in characters, which a judge sees
+        figures["lc_win_rate"], figures["lc_win_rate_ci95"] = length_controlled(verdicts, gaps)
+        figures["distinct_1"], figures["distinct_2"] = distinct(texts, 1), distinct(texts, 2)
+    differences = {f"{b} - {a}": paired_bootstrap(*([row[name]["win_rate"] for row in samples] for name in (b, a)))
+                   for a, b in combinations(methods, 2)}
     rm, batches = known["rm"], known["rm"]["accuracy_by_batch"]
     right, pairs = [sum(batch[key] for batch in batches.values()) for key in ("right", "pairs")]
     rm = {**rm, "accuracy_ci95": wilson(right, pairs), "accuracy_by_batch": {
         name: {**batch, "accuracy_ci95": wilson(batch["right"], batch["pairs"])} for name, batch in sorted(batches.items())}}
-    return {"methods": methods, **known, "rm": rm}
-
-
-def t_interval(stats):
-    """What `spread` gives -> the 95 % interval [low, high] of the mean over seeds; None for one seed."""
-    if stats["n"] == 1:
-        return None
-    half = T975[min(stats["n"] - 1, len(T975)) - 1] * stats["std"] / math.sqrt(stats["n"])
-    return [stats["mean"] - half, stats["mean"] + half]
+    return {"methods": methods, "differences": differences, **known, "rm": rm}
 
 
 def table(rows, markdown=False):
@@ -114,18 +99,33 @@ def bracket(interval, digits):
     return f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "-"
 
 
+def number(value, digits):
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def plus_minus(stats, digits):
-    return f"{stats['mean']:.{digits}f}" + (f" ± {stats['std']:.{digits}f}" if stats["n"] > 1 else "")
+    """What `spread` gives, or None, in a cell."""
+    return f"{stats['mean']:.{digits}f}" + (f" ± {stats['std']:.{digits}f}" if stats["n"] > 1 else "") if stats else "-"
 
 
-def method_rows(methods, bracketed):
-    """One run's {method: figures} -> rows for `table`; the metrics in `bracketed` are given with their 95 % interval."""
-    rows = [["method", *(title for title, _ in METRICS.values())]]
+def method_rows(methods, keys, bracketed):
+    """One run's {method: figures} -> rows for `table`: these keys of METRICS, those in `bracketed` with their 95 % interval."""
+    rows = [["method", *(METRICS[key][0] for key in keys)]]
     for name, figures in methods.items():
-        cells = {key: f"{figures[key]:.{digits}f}" for key, (_, digits) in METRICS.items()}
+        cells = {key: number(figures[key], METRICS[key][1]) for key in keys}
         for key in bracketed:
             cells[key] += " " + bracket(figures[f"{key}_ci95"], METRICS[key][1])
         rows.append([METHODS[name], *cells.values()])
+    return rows
+
+
+def difference_rows(differences, interval):
+    """{"ppo - sft": {mean, ...}} -> rows for `table`. interval(what stands there) -> [low, high] or None."""
+    rows = [["win rate, paired", "difference", "95 % interval"]]
+    for pair, gap in differences.items():
+        b, a = pair.split(" - ")
+        rows.append([f"{METHODS[b]} minus {METHODS[a]}", f"{gap['mean']:+.3f}" if gap else "-",
+                     bracket(interval(gap), 3) if gap else "-"])
     return rows
 
 
@@ -205,10 +205,14 @@ def write_single(run):
     each = ", ".join(f"{METHODS.get(stage, 'RM')} {value:.0f}" for stage, value in seconds.items())
     notes = [f"reward model accuracy: {rm['accuracy']:.3f} {bracket(rm['accuracy_ci95'], 3)}",
              *measured(report["settings"], len(samples)), *judged(report, len(samples)), f"seconds: {each}; in all {sum(seconds.values()):.0f}"]
-    publish(run, [run], report["settings"], f"# Run {run}", "In brackets: 95 % intervals over the prompts.",
-            table(method_rows(methods, METRICS), markdown=True), "\n".join(f"- {note}" for note in notes),
+    publish(run, [run], report["settings"], f"# Run {run}",
+            "In brackets: 95 % intervals over the prompts. At equal length: the win rate that a logistic regression on the "
+            "difference in length predicts for responses as long as the reference; - where it cannot tell.",
+            table(method_rows(methods, METRICS, WITH_INTERVAL), markdown=True), "\n".join(f"- {note}" for note in notes),
+            "## Differences on the same prompts", "Intervals by the paired bootstrap: prompts drawn again, 10,000 times.",
+            table(difference_rows(report["differences"], lambda gap: gap["ci95"]), markdown=True),
             "## The first held-out posts", *sample_posts(samples, methods))
-    return "\n".join([table(method_rows(methods, ["win_rate"])), *notes])
+    return "\n".join([table(method_rows(methods, IN_TERMINAL, ["win_rate"])), *notes])
 
 
 def write_seeds(run, folders):
@@ -218,36 +222,41 @@ def write_seeds(run, folders):
     seeds = [each["settings"]["seed"] for each in reports]
     methods = {name: {key: spread([each["methods"].get(name, {}).get(key) for each in reports]) for key in METRICS}
                for name in METHODS if any(name in each["methods"] for each in reports)}
+    differences = {f"{b} - {a}": spread([each["methods"][b]["win_rate"] - each["methods"][a]["win_rate"]
+                                         if {a, b} <= each["methods"].keys() else None for each in reports])
+                   for a, b in combinations(methods, 2)}
     accuracy = spread([each["rm"]["accuracy"] for each in reports])
     settings = {name: value for name, value in reports[0]["settings"].items() if name not in ("seed", "run_dir")}
-    report = {"methods": methods, "seeds": seeds, "rm": {"accuracy": accuracy}, "settings": settings}
+    report = {"methods": methods, "differences": differences, "seeds": seeds, "rm": {"accuracy": accuracy}, "settings": settings}
     (run / "report.json").write_text(json.dumps(report, indent=1))
 
     others = ("rm_score", "kl", "response_tokens", "eos_rate")
     titles = [METRICS[key][0] for key in ("win_rate", *others)]
     rows = [["method", titles[0], "95 % t-interval", f"seeds >= {FOUND:.2f}", *titles[1:]]]
+    all_rows = [["method", *(title for title, _ in METRICS.values())]]
     for name, stats in methods.items():
         wins = stats["win_rate"]
         found = sum(win is not None and win >= FOUND for win in wins["values"])
         rows.append([METHODS[name], f"{plus_minus(wins, 3)} ({wins['min']:.3f}-{wins['max']:.3f})",
                      bracket(t_interval(wins), 3), f"{found}/{wins['n']}",
                      *(plus_minus(stats[key], METRICS[key][1]) for key in others)])
+        all_rows.append([METHODS[name], *(plus_minus(stats[key], digits) for key, (_, digits) in METRICS.items())])
     per_seed = [["seed", *(METHODS[name] for name in methods)]]
     for seed, *wins in zip(seeds, *(stats["win_rate"]["values"] for stats in methods.values())):
-        per_seed.append([str(seed), *("-" if win is None else f"{win:.3f}" for win in wins)])
+        per_seed.append([str(seed), *(number(win, 3) for win in wins)])
 
     notes = [f"mean ± standard deviation (min-max) over seeds {', '.join(map(str, seeds))}"]
-    gains = {seed: each["methods"]["drpo"]["win_rate"] - each["methods"]["ppo"]["win_rate"]
-             for seed, each in zip(seeds, reports) if {"ppo", "drpo"} <= each["methods"].keys()}
-    if gains:
-        gain = spread(list(gains.values()))
-        each = ", ".join(f"seed {seed}: {value:+.3f}" for seed, value in gains.items())
+    if gain := differences.get("drpo - ppo"):
+        each = ", ".join(f"seed {seed}: {value:+.3f}" for seed, value in zip(seeds, gain["values"]) if value is not None)
         notes.append(f"win rate of DR-PO minus PPO, paired by seed: {gain['mean']:+.3f}, "
                      f"95 % t-interval {bracket(t_interval(gain), 3)}; {each}")
     notes += [f"reward model accuracy: {accuracy['mean']:.3f} ({accuracy['min']:.3f}-{accuracy['max']:.3f})",
               *measured(settings, len(samples[0]))]
     publish(run, folders, settings, f"# Run {run}, {len(seeds)} seeds", table(rows, markdown=True),
-            "\n".join(f"- {note}" for note in notes), "## Win rate of each seed", table(per_seed, markdown=True),
+            "\n".join(f"- {note}" for note in notes), "## All figures, mean ± standard deviation over the seeds",
+            table(all_rows, markdown=True), "## Differences, paired by seed",
+            table(difference_rows(differences, t_interval), markdown=True),
+            "## Win rate of each seed", table(per_seed, markdown=True),
             f"Each seed's own report, with samples: `python -m tools.report {run}/seed_*`")
     return "\n".join([table(rows), *notes])
 
