@@ -98,7 +98,7 @@ def setting(part, default, help):
 
 @dataclass
 class Settings:
-    preset: Literal["tiny", "tldr", "hh"] = setting("run", "tiny", "which set of defaults")
+    preset: Literal["tiny", "tldr", "hh", "cnndm"] = setting("run", "tiny", "which set of defaults")
     run_dir: str = setting("run", "", "where everything is written; empty: runs/PRESET, with --seeds runs/PRESET_seeds")
     seeds: list[int] = setting("run", [], "repeat with each of these seeds in RUN_DIR/seed_K, then tabulate mean and range")
     micro_batch: int = setting("run", 8, "rows per forward pass; changes memory and speed, never the result")
@@ -160,6 +160,7 @@ class Settings:
     judge: str = setting("eval", "rm", "who says which summary is better: rm (not independent!), module:function or api:MODEL")
     both_orders: bool = setting("eval", False, "an API judge sees each pair twice, either text first; disagreement is a tie")
     judge_prompt: str = setting("eval", "", "file with another prompt for the API judge, such as the paper's own")
+    others: list[str] = setting("eval", [], "more networks to compare: folders or Hub names, with the run's tokenizer")
 
     def __post_init__(self):
         lowest = {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6}
@@ -186,6 +187,7 @@ PRESETS = {
     "tldr": {},
     "hh": dict(model="EleutherAI/pythia-1b-deduped", dataset="Anthropic/hh-rlhf", preference_dataset="Anthropic/hh-rlhf",
                response_length=128, preference_length=256),
+    "cnndm": dict(dataset="abisee/cnn_dailymail:3.0.0", query_length=1919, response_length=64),  # for eval of a tldr run
     "tiny": dict(model="toy_env:tiny_pythia", tokenizer="toy_env:bpe_tokenizer", dataset="toy_env:gate",
                  preference_dataset="toy_env:gate_pairs", judge="toy_env:gold_judge", reset_to="chosen", dtype="float32",
                  query_length=80, response_length=24, preference_length=32, lora_r=0, micro_batch=64, max_grad_norm=1.0,
