@@ -11,7 +11,7 @@ import pytest
 from tools import report
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {"preset": "tiny", "eval_samples": 600, "eval_temperature": 0.01, "temperature": 0.7,
+SETTINGS = {"preset": "tiny", "eval_samples": 600, "eval_temperature": 0.01, "temperature": 0.7, "batch_size": 48,
             "judge": "toy_env:gold_judge"}
 
 
@@ -23,14 +23,15 @@ def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settin
         "sft": {"held_out_loss": 2.0, "rouge_l": 0.3}, "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings},
         "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0}}))
     samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} | {
-        name: {"response": f"{name} says {i}", "win_rate": rate, "rm_score": 1.0 + (i > 1), "kl": 2.5, "rouge_1": 0.3, "rouge_2": 0.1, "rouge_l": i / 10,
+        name: {"response": f"{name} says {i}", "win_rate": rate, "rm_score": 1.0 + (i > 1), "kl": 2.5, "kl_rm_score": i, "rouge_1": 0.3, "rouge_2": 0.1, "rouge_l": i / 10,
                "response_tokens": 9 + i // 2, "eos_rate": int(i > 0)} for name, rate in win_rates.items()} for i in range(4)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    keys = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2}
+    keys = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2, "tokens_decoded": 100}
     logs = {"sft": [{"loss": 3.0}], "rm": [{"accuracy": 0.6}], "dpo": [{"accuracy": 0.6}]}
     logs |= {name: [{"score": value, **keys} for value in score] for name in ("ppo", "drpo")}
     for stage in {"rm", *win_rates}:
         (folder / stage).mkdir()
+        (folder / stage / "result.json").write_text(json.dumps({"settings": {"seed": seed, "beta": 0.6, "lr": 1e-4, **settings}}))
         (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs[stage]))
     return folder
 
@@ -38,7 +39,8 @@ def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settin
 @pytest.fixture
 def no_figure(monkeypatch):
     """Drawing takes longer than all the rest; other tests look at the figure."""
-    monkeypatch.setattr(report, "draw", lambda folders, path: None)
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(report, "draw_frontier", lambda *_: None)
 
 
 @pytest.fixture
@@ -80,7 +82,8 @@ def test_single_run(tmp_path):
     assert page.count("### Post") == 3 and "told 2" in page and "told 3" not in page
     assert "    reference: told 0\n\n    SFT (win 0.12, RM score 1.00): sft says 0\n\n    PPO (" in page
     assert "](curves.png)" in page and '"eval_temperature": 0.01' in page.partition("<details>")[2]
-    assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "](frontier.png)" in page
+    assert {(run / name).read_bytes()[:8] for name in ("curves.png", "frontier.png")} == {b"\x89PNG\r\n\x1a\n"}
 
 
 def test_what_an_api_judge_left_undecided_is_counted_and_left_out(tmp_path, no_figure):
@@ -168,8 +171,64 @@ def test_the_figure_draws_mean_and_band(three_seeds, monkeypatch):
     assert [2, 2] in band and [2, 20] in band  # update 2: 2, 4 and 20
     assert score.lines[0].get_color() == figures[0].axes[1].lines[0].get_color() != score.lines[1].get_color()
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["PPO", "DR-PO", "SFT", "reward model"]
-    assert not figures[0].axes[8].lines  # nobody ran DPO
+    assert not figures[0].axes[11].lines  # nobody ran DPO
     assert "3 seeds" in figures[0].get_suptitle()
+    against_tokens = figures[0].axes[6]
+    assert against_tokens.lines[0].get_xdata() == pytest.approx([100, 200, 300])
+    assert list(against_tokens.lines[0].get_ydata()) == list(score.lines[0].get_ydata())
+    episodes = score.child_axes[0]._functions[0]                      # 48 rollouts an update
+    assert episodes(2) == 96
+
+
+def test_the_frontier_has_a_line_per_method_with_mean_and_standard_error_of_each_bin(tmp_path, monkeypatch):
+    """Four prompts make two bins; SFT, all at KL 0, makes one point."""
+    figures, samples = [], []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **kwargs: figures.append(figure))
+    for kl, score in [(3.0, 5.0), (1.0, 0.0), (2.0, 2.0), (5.0, 9.0)]:
+        samples.append({"prompt": "p", "reference": "r", "sft": {"kl": 0.0, "kl_rm_score": score},
+                        "drpo": {"kl": kl, "kl_rm_score": score}})
+    report.draw_frontier(samples, tmp_path / "frontier.png")
+    sft, drpo = figures[0].axes[0].containers
+    assert sft.get_label() == "SFT" and drpo.get_label() == "DR-PO"
+    assert [list(sft.lines[0].get_xdata()), list(sft.lines[0].get_ydata())] == [[0.0], [4.0]]
+    assert [list(drpo.lines[0].get_xdata()), list(drpo.lines[0].get_ydata())] == [[1.5, 4.0], [1.0, 7.0]]
+    low, high = drpo.lines[2][0].get_segments()[0][:, 1]              # of 0 and 2: the std is 1.41, over sqrt(2) it is 1
+    assert (low, high) == pytest.approx((0.0, 2.0))
+
+
+def test_several_runs_are_compared_by_the_settings_in_which_they_differ(tmp_path, capsys, no_figure):
+    """A beta ablation: what drpo was trained with counts, whatever the flags of the evaluation were."""
+    for beta, wins in (("0.0", (0.1, 0.3)), ("1.0", (0.4, 0.8))):
+        for seed, win in enumerate(wins):
+            make_run(tmp_path / f"beta_{beta}" / f"seed_{seed}", {"sft": 0.1, "drpo": win}, seed, beta=float(beta))
+    make_run(tmp_path / "single", {"drpo": 0.5}, beta=0.25)
+    make_run(tmp_path / "without", {"sft": 0.5})
+    report.main([str(tmp_path / name) for name in ("beta_0.0", "beta_1.0", "single", "without")])
+    lines = capsys.readouterr().out.partition("DR-PO in each run")[2].splitlines()[2:]
+    assert lines == ["| run | beta | seeds | win rate vs reference | RM score | KL to SFT | tokens | EOS rate |",
+                     "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+                     "| beta_0.0 | 0.0 | 2 | 0.200 (0.100-0.300) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
+                     "| beta_1.0 | 1.0 | 2 | 0.600 (0.400-0.800) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
+                     "| single | 0.25 | 1 | 0.500 | 1.50 | 2.50 | 9.5 | 0.75 |"]
+
+
+def test_over_optimisation_names_the_peak_of_each_seed_and_what_it_gives_on_the_test_prompts(tmp_path, monkeypatch):
+    """The RM score rises all the way; gold falls in the one seed after update 5, and in the other it does not."""
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **kwargs: figures.append((path.name, figure)))
+    for seed, gold, on_test in ((1, [0.0, 2.0, 1.0], {5: 1.5, 10: 0.5}), (2, [0.0, 1.0, 3.0], {10: 2.5})):
+        folder = make_run(tmp_path / f"seed_{seed}", {"sft": 0.1, "ppo": 0.2}, seed)
+        known = {"method": "ppo", "judged_by": "gold_score", "win_rate": 0.25, "kl": 1.0}
+        lines = [known | {"prompts": "validation", "update": 5 * i, "rm_score": float(i), "gold_score": value} for i, value in enumerate(gold)]
+        lines += [known | {"prompts": "test", "update": update, "rm_score": 3.0, "gold_score": value} for update, value in on_test.items()]
+        (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write(tmp_path)
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| PPO, peak on validation prompts | 5, 10 | 2.000 | 0.250 | 3.000 | 1.000 |" in page
+    assert "| PPO, last update | 10, 10 | 1.500 | 0.250 | 3.000 | 1.000 |" in page
+    left, right = dict(figures)["overoptimisation.png"].axes
+    assert list(left.lines[0].get_ydata()) == [0, 1, 2] and list(right.lines[0].get_ydata()) == [0, 1.5, 2]
+    assert left.lines[1].get_xdata()[0] == 10                         # the peak of the mean
 
 
 def spoil(tmp_path, what):

@@ -101,3 +101,10 @@ def test_distinct_n_counts_different_n_grams_of_all_texts_together():
     texts = ["a b a", "a b c"]                                        # words: 3 of 6; pairs ab ba ab bc: 3 of 4
     assert (stats.distinct(texts, 1), stats.distinct(texts, 2)) == (0.5, 0.75)
     assert stats.distinct(["a", ""], 2) is None                       # no pair, and none across two texts
+
+
+def test_bins_have_equal_counts_and_the_standard_error_of_their_means():
+    found = stats.binned([4, 1, 3, 2, 6, 5], [10.0, 0.0, 7.0, 4.0, 3.0, 3.0], bins=3)
+    assert found == [pytest.approx(point) for point in [(1.5, 2.0, 2.0, 2), (3.5, 8.5, 1.5, 2), (5.5, 3.0, 0.0, 2)]]
+    assert stats.binned([0, 0, 0], [1.0, 2.0, 3.0]) == [pytest.approx((0, 2.0, 1 / 3 ** 0.5, 3))]
+    assert [n for *_, n in stats.binned(range(103), range(103))] == [10, 10, 10, 11, 10, 10, 11, 10, 10, 11]

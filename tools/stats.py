@@ -101,3 +101,16 @@ def distinct(texts, n):
     none. It falls with the amount of text by itself: compare methods on the same prompts, and look at their lengths."""
     grams = [gram for words in map(str.split, texts) for gram in zip(*(words[i:] for i in range(n)))]
     return len(set(grams)) / len(grams) if grams else None
+
+
+def binned(x, y, bins=10):
+    """Points (x, y) in bins of equal count along x -> [(mean of x, mean of y, standard error of that mean, count), ...], at
+    least two points to a bin; one bin where all x are the same."""
+    points = sorted(zip(x, y, strict=True))
+    n, bins = len(points), 1 if min(x) == max(x) else max(1, min(bins, len(points) // 2))
+    result = []
+    for part in (points[n * i // bins:n * (i + 1) // bins] for i in range(bins)):
+        xs, ys = zip(*part)
+        error = statistics.stdev(ys) / math.sqrt(len(ys)) if len(ys) > 1 else 0.0
+        result.append((statistics.fmean(xs), statistics.fmean(ys), error, len(ys)))
+    return result
