@@ -98,7 +98,7 @@ def setting(part, default, help):
 
 @dataclass
 class Settings:
-    preset: Literal["tiny", "tldr", "hh"] = setting("run", "tiny", "which set of defaults")
+    preset: Literal["tiny", "tldr", "hh", "cnndm"] = setting("run", "tiny", "which set of defaults")
     run_dir: str = setting("run", "", "where everything is written; empty: runs/PRESET, with --seeds runs/PRESET_seeds")
     seeds: list[int] = setting("run", [], "repeat with each of these seeds in RUN_DIR/seed_K, then tabulate mean and range")
     micro_batch: int = setting("run", 8, "rows per forward pass; changes memory and speed, never the result")
@@ -162,6 +162,7 @@ class Settings:
     judge: str = setting("eval", "rm", "who says which summary is better: rm (not independent!), module:function or api:MODEL")
     both_orders: bool = setting("eval", False, "an API judge sees each pair twice, either text first; disagreement is a tie")
     judge_prompt: str = setting("eval", "", "file with another prompt for the API judge, such as the paper's own")
+    others: list[str] = setting("eval", [], "more networks to compare: folders or Hub names, with the run's tokenizer")
 
     def __post_init__(self):
         lowest = {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6}
@@ -188,6 +189,7 @@ PRESETS = {
     "tldr": {},
     "hh": dict(model="EleutherAI/pythia-1b-deduped", dataset="Anthropic/hh-rlhf", preference_dataset="Anthropic/hh-rlhf",
                response_length=128, preference_length=256),
+    "cnndm": dict(dataset="abisee/cnn_dailymail:3.0.0", query_length=1919, response_length=64),  # for eval of a tldr run
     "tiny": dict(model="toy_env:tiny_pythia", tokenizer="toy_env:bpe_tokenizer", dataset="toy_env:gate",
                  preference_dataset="toy_env:gate_pairs", judge="toy_env:gold_judge", reset_to="chosen", dtype="float32",
                  query_length=80, response_length=24, preference_length=32, lora_r=0, micro_batch=64, max_grad_norm=1.0,
@@ -852,9 +854,9 @@ def train_sft(s):
         sums = [[x.item() for x in token_losses(part)] for _, part in micro_batches(batch, s)]
     total, count = summed(torch.tensor(sums, dtype=torch.double).reshape(-1, 2).sum(0)).tolist()
     loss = total / count
-    rouge = rouge_l(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out)
-    print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {sum(rouge) / len(rouge):.3f}, on {len(held_out)} rows")
-    return {"held_out_loss": loss, "rouge_l": sum(rouge) / len(rouge)}
+    rouge_l = rouge(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out)
+    print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {sum(rouge_l) / len(rouge_l):.3f}, on {len(held_out)} rows")
+    return {"held_out_loss": loss, "rouge_l": sum(rouge_l) / len(rouge_l)}
 
 
 def pair_update(pairs, s, optimizer, loss_of, tokenizer, where):
@@ -1093,10 +1095,10 @@ def decode(responses, tokenizer):
     return [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
 
 
-def rouge_l(texts, rows):
-    """ROUGE-L F1 with stemming, as `evaluate.load("rouge")` computes it, per text."""
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return [scorer.score(row["reference"], text)["rougeL"].fmeasure for text, row in zip(texts, rows)]
+def rouge(texts, rows, kind="rougeL"):
+    """ROUGE F1 (rouge1, rouge2 or rougeL) with stemming, as `evaluate.load("rouge")` computes it, per text."""
+    scorer = RougeScorer([kind], use_stemmer=True)
+    return [scorer.score(row["reference"], text)[kind].fmeasure for text, row in zip(texts, rows)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_the_main_command_goes_from_posts_to_a_win_rate_table(tiny):
         assert set(KEYS) <= set(method) and 0 <= low <= method["win_rate"] <= high <= 1
     assert report["methods"]["sft"]["kl"] == 0.0
     assert report["settings"]["sft_steps"] == 3
-    assert {"report.md", "curves.png", "samples.jsonl"} <= {path.name for path in folder.iterdir()}
+    assert {"report.md", "curves.png", "frontier.png", "samples.jsonl"} <= {path.name for path in folder.iterdir()}
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 12 and isinstance(samples[0]["drpo"]["response"], str)
 
@@ -143,7 +143,7 @@ def test_every_drpo_command_in_the_readme_and_the_header_is_understood():
     commands = [command.split("   ")[0].split() for command in commands if "STAGE" not in command]
     assert len(commands) > 6
     for words in commands:
-        stage, settings = drpo.parse([word for word in words if word != "..."])
+        stage, settings = drpo.parse([word.replace("$beta", "0.5") for word in words if word != "..."])
         assert stage in [*drpo.STAGES, "eval", "all"] and settings.run_dir
 
 

@@ -567,3 +567,20 @@ def test_real_dialogues_share_their_prompt_or_are_dropped_and_counted(real, caps
     useful = [a for a, b in dialogues if a[0] == b[0] and a[2].strip() and b[2].strip() and a[2].strip() != b[2].strip()]
     assert len(dialogues) == 2354 and [row["chosen"] for row in rows] == [a[2].strip() for a in useful] and len(rows) == 2339
     assert "14 of 2119 training rows dropped" in (out := capsys.readouterr().out) and "1 of 235 held-out rows dropped" in out
+
+
+def test_cnn_dailymail_is_read_by_its_columns_with_the_prompt_tail_of_tldr(tmp_path):
+    rows = [{"article": f"(CNN) Story {i}.\nIt goes on.", "highlights": f"Point {i} .\nAnother point .", "id": str(i)} for i in range(N)]
+    train, held_out = drpo.load_rows(write(tmp_path / "cnn.jsonl", rows), "reference", 0)
+    assert len(train) == 18 and held_out[0] == {"prompt": "Article:\n(CNN) Story 18.\nIt goes on.\n\nTL;DR:",
+                                                "reference": "Point 18 .\nAnother point .", "batch": None}
+
+
+def test_the_cnndm_preset_leaves_room_for_64_new_tokens_in_pythias_2048_and_cuts_an_article_at_its_end():
+    s = drpo.parse(["eval", "--preset", "cnndm"])[1]
+    assert (s.dataset, s.response_length) == ("abisee/cnn_dailymail:3.0.0", 64) and s.query_length + s.response_length <= 2048
+    tokenizer = toy_env.bpe_tokenizer()
+    prompt = "Article:\n" + "i feel sad .\n" * 700 + "\n\nTL;DR:"
+    ids = drpo.encode_query(prompt, tokenizer, s.query_length)
+    text = tokenizer.decode(ids)
+    assert len(ids) <= s.query_length and text.startswith("Article:\ni feel sad .") and text.endswith("i feel sad .\n\nTL;DR:")

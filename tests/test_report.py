@@ -1,7 +1,6 @@
 """tools/report.py on small made-up run folders, with numbers worked by hand."""
 import ast
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from tools import report
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {"preset": "tiny", "eval_samples": 600, "eval_temperature": 0.01, "temperature": 0.7,
+SETTINGS = {"preset": "tiny", "eval_samples": 600, "eval_temperature": 0.01, "temperature": 0.7, "batch_size": 48,
             "judge": "toy_env:gold_judge"}
 
 
@@ -24,14 +23,15 @@ def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settin
         "sft": {"held_out_loss": 2.0, "rouge_l": 0.3}, "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings},
         "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0}}))
     samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} | {
-        name: {"response": f"{name} says {i}", "win_rate": rate, "rm_score": 1.0 + (i > 1), "kl": 2.5, "rouge_l": i / 10,
+        name: {"response": f"{name} says {i}", "win_rate": rate, "rm_score": 1.0 + (i > 1), "kl": 2.5, "kl_rm_score": i, "rouge_1": 0.3, "rouge_2": 0.1, "rouge_l": i / 10,
                "response_tokens": 9 + i // 2, "eos_rate": int(i > 0)} for name, rate in win_rates.items()} for i in range(4)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    keys = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2}
+    keys = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2, "tokens_decoded": 100}
     logs = {"sft": [{"loss": 3.0}], "rm": [{"accuracy": 0.6}], "dpo": [{"accuracy": 0.6}]}
     logs |= {name: [{"score": value, **keys} for value in score] for name in ("ppo", "drpo")}
     for stage in {"rm", *win_rates}:
         (folder / stage).mkdir()
+        (folder / stage / "result.json").write_text(json.dumps({"settings": {"seed": seed, "beta": 0.6, "lr": 1e-4, **settings}}))
         (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs[stage]))
     return folder
 
@@ -39,7 +39,8 @@ def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settin
 @pytest.fixture
 def no_figure(monkeypatch):
     """Drawing takes longer than all the rest; other tests look at the figure."""
-    monkeypatch.setattr(report, "draw", lambda folders, path: None)
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(report, "draw_frontier", lambda *_: None)
 
 
 @pytest.fixture
@@ -67,16 +68,22 @@ def test_single_run(tmp_path):
     assert "judge: toy_env:gold_judge\n" in text and "NOT independent" not in text
 
     page = (run / "report.md").read_text(encoding="utf-8")
-    # half widths: 0.98 times the standard deviation over the four prompts, 0.5 of the scores
-    assert ("| DR-PO | 0.500 [0.150, 0.850] | 1.50 [1.01, 1.99] | 2.50 [2.50, 2.50] | 0.150 [0.040, 0.260] "
-            "| 9.5 [9.0, 10.0] | 0.75 [0.30, 0.95] |") in page
+    # half widths: 0.98 times the standard deviation over the four prompts, 0.5 of the scores. Of 12 words "drpo says 0" 6
+    # differ, of 8 pairs 5; texts that are all longer by the same cannot tell what the win rate at equal length would be
+    assert ("| DR-PO | 0.500 [0.150, 0.850] | - - | 1.50 [1.01, 1.99] | 2.50 [2.50, 2.50] | 0.300 | 0.100 | 0.150 | 9.5 | 0.75 "
+            "| 0.500 | 0.625 |") in page
+    assert "| DR-PO minus PPO | +0.250 | [0.250, 0.250] |" in page    # the same on each prompt
     saved = json.loads((run / "report.json").read_text())
     assert list(saved["methods"]) == ["sft", "ppo", "drpo"] and saved["methods"]["drpo"]["kl"] == 2.5
+    assert saved["methods"]["drpo"]["rouge_l_ci95"] == pytest.approx([0.15 - 0.98 * 0.0125 ** 0.5, 0.15 + 0.98 * 0.0125 ** 0.5])
+    assert list(saved["differences"]) == ["ppo - sft", "drpo - sft", "drpo - ppo"]
+    assert saved["differences"]["drpo - sft"] == {"mean": 0.375, "ci95": [0.375, 0.375], "prompts": 4}
     assert saved["rm"]["accuracy_by_batch"]["all"]["pairs"] == 10 and saved["seconds"]["drpo"] == 30.0
     assert page.count("### Post") == 3 and "told 2" in page and "told 3" not in page
     assert "    reference: told 0\n\n    SFT (win 0.12, RM score 1.00): sft says 0\n\n    PPO (" in page
     assert "](curves.png)" in page and '"eval_temperature": 0.01' in page.partition("<details>")[2]
-    assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "](frontier.png)" in page
+    assert {(run / name).read_bytes()[:8] for name in ("curves.png", "frontier.png")} == {b"\x89PNG\r\n\x1a\n"}
 
 
 def test_what_an_api_judge_left_undecided_is_counted_and_left_out(tmp_path, no_figure):
@@ -116,12 +123,23 @@ def test_three_seeds(three_seeds, no_figure):
     page = (three_seeds / "report.md").read_text(encoding="utf-8")
     assert "| 2 | 0.290 | 0.100 | 0.400 |\n| 10 | 0.000 | 0.400 | 0.600 |" in page
     saved = json.loads((three_seeds / "report.json").read_text())
-    assert set(saved) == {"methods", "seeds", "rm", "settings"}
+    assert set(saved) == {"methods", "differences", "seeds", "rm", "settings"}
+    assert saved["differences"]["drpo - ppo"]["values"] == pytest.approx([0.1, 0.3, 0.2])
+    assert "| DR-PO minus SFT | +0.203 | " in page                    # -0.1, 0.11, 0.6
     assert saved["seeds"] == [1, 2, 10] and saved["settings"] == SETTINGS
     wins = saved["methods"]["drpo"]["win_rate"]
     assert wins.pop("values") == [0.2, 0.4, 0.6]
     assert wins == pytest.approx({"mean": 0.4, "std": 0.2, "min": 0.2, "max": 0.6, "n": 3})
     assert saved["methods"]["ppo"]["kl"]["mean"] == 2.5 and saved["rm"]["accuracy"]["mean"] == pytest.approx(0.7)
+
+
+def test_samples_of_an_older_version_are_named_in_one_line(tmp_path, capsys):
+    run = make_run(tmp_path / "run", {"sft": 0.5})
+    (run / "samples.jsonl").write_text((run / "samples.jsonl").read_text().replace('"rouge_2"', '"rouge_two"'))
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(run)])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "rouge_2" in err and "python drpo.py eval" in err
 
 
 def test_seeds_again_after_the_first_report(three_seeds, no_figure):
@@ -153,20 +171,64 @@ def test_the_figure_draws_mean_and_band(three_seeds, monkeypatch):
     assert [2, 2] in band and [2, 20] in band  # update 2: 2, 4 and 20
     assert score.lines[0].get_color() == figures[0].axes[1].lines[0].get_color() != score.lines[1].get_color()
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["PPO", "DR-PO", "SFT", "reward model"]
-    assert not figures[0].axes[8].lines  # nobody ran DPO
+    assert not figures[0].axes[11].lines  # nobody ran DPO
     assert "3 seeds" in figures[0].get_suptitle()
+    against_tokens = figures[0].axes[6]
+    assert against_tokens.lines[0].get_xdata() == pytest.approx([100, 200, 300])
+    assert list(against_tokens.lines[0].get_ydata()) == list(score.lines[0].get_ydata())
+    episodes = score.child_axes[0]._functions[0]                      # 48 rollouts an update
+    assert episodes(2) == 96
 
 
-def test_t_quantiles():
-    """The table against the integral of Student's density from 0 to t, by Simpson's rule: must be 0.475."""
-    for df, t in enumerate(report.T975, 1):
-        scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
-        density = [scale * (1 + (t * i / 1000) ** 2 / df) ** (-(df + 1) / 2) for i in range(1001)]
-        integral = (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2])) * t / 3000
-        assert integral == pytest.approx(0.475, abs=3e-5), df
-    many = report.spread([0.0, 1.0] * 50)
-    low, high = report.t_interval(many)  # 99 degrees: the last one
-    assert high - low == pytest.approx(2 * 2.042 * many["std"] / 10)
+def test_the_frontier_has_a_line_per_method_with_mean_and_standard_error_of_each_bin(tmp_path, monkeypatch):
+    """Four prompts make two bins; SFT, all at KL 0, makes one point."""
+    figures, samples = [], []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **kwargs: figures.append(figure))
+    for kl, score in [(3.0, 5.0), (1.0, 0.0), (2.0, 2.0), (5.0, 9.0)]:
+        samples.append({"prompt": "p", "reference": "r", "sft": {"kl": 0.0, "kl_rm_score": score},
+                        "drpo": {"kl": kl, "kl_rm_score": score}})
+    report.draw_frontier(samples, tmp_path / "frontier.png")
+    sft, drpo = figures[0].axes[0].containers
+    assert sft.get_label() == "SFT" and drpo.get_label() == "DR-PO"
+    assert [list(sft.lines[0].get_xdata()), list(sft.lines[0].get_ydata())] == [[0.0], [4.0]]
+    assert [list(drpo.lines[0].get_xdata()), list(drpo.lines[0].get_ydata())] == [[1.5, 4.0], [1.0, 7.0]]
+    low, high = drpo.lines[2][0].get_segments()[0][:, 1]              # of 0 and 2: the std is 1.41, over sqrt(2) it is 1
+    assert (low, high) == pytest.approx((0.0, 2.0))
+
+
+def test_several_runs_are_compared_by_the_settings_in_which_they_differ(tmp_path, capsys, no_figure):
+    """A beta ablation: what drpo was trained with counts, whatever the flags of the evaluation were."""
+    for beta, wins in (("0.0", (0.1, 0.3)), ("1.0", (0.4, 0.8))):
+        for seed, win in enumerate(wins):
+            make_run(tmp_path / f"beta_{beta}" / f"seed_{seed}", {"sft": 0.1, "drpo": win}, seed, beta=float(beta))
+    make_run(tmp_path / "single", {"drpo": 0.5}, beta=0.25)
+    make_run(tmp_path / "without", {"sft": 0.5})
+    report.main([str(tmp_path / name) for name in ("beta_0.0", "beta_1.0", "single", "without")])
+    lines = capsys.readouterr().out.partition("DR-PO in each run")[2].splitlines()[2:]
+    assert lines == ["| run | beta | seeds | win rate vs reference | RM score | KL to SFT | tokens | EOS rate |",
+                     "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+                     "| beta_0.0 | 0.0 | 2 | 0.200 (0.100-0.300) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
+                     "| beta_1.0 | 1.0 | 2 | 0.600 (0.400-0.800) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
+                     "| single | 0.25 | 1 | 0.500 | 1.50 | 2.50 | 9.5 | 0.75 |"]
+
+
+def test_over_optimisation_names_the_peak_of_each_seed_and_what_it_gives_on_the_test_prompts(tmp_path, monkeypatch):
+    """The RM score rises all the way; gold falls in the one seed after update 5, and in the other it does not."""
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **kwargs: figures.append((path.name, figure)))
+    for seed, gold, on_test in ((1, [0.0, 2.0, 1.0], {5: 1.5, 10: 0.5}), (2, [0.0, 1.0, 3.0], {10: 2.5})):
+        folder = make_run(tmp_path / f"seed_{seed}", {"sft": 0.1, "ppo": 0.2}, seed)
+        known = {"method": "ppo", "judged_by": "gold_score", "win_rate": 0.25, "kl": 1.0}
+        lines = [known | {"prompts": "validation", "update": 5 * i, "rm_score": float(i), "gold_score": value} for i, value in enumerate(gold)]
+        lines += [known | {"prompts": "test", "update": update, "rm_score": 3.0, "gold_score": value} for update, value in on_test.items()]
+        (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.write(tmp_path)
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| PPO, peak on validation prompts | 5, 10 | 2.000 | 0.250 | 3.000 | 1.000 |" in page
+    assert "| PPO, last update | 10, 10 | 1.500 | 0.250 | 3.000 | 1.000 |" in page
+    left, right = dict(figures)["overoptimisation.png"].axes
+    assert list(left.lines[0].get_ydata()) == [0, 1, 2] and list(right.lines[0].get_ydata()) == [0, 1.5, 2]
+    assert left.lines[1].get_xdata()[0] == 10                         # the peak of the mean
 
 
 def spoil(tmp_path, what):
@@ -211,17 +273,11 @@ def test_command(tmp_path):
     assert done.stderr.count("\n") == 1 and "none: no eval.json" in done.stderr
 
 
-def test_wilson_interval_stays_inside_zero_and_one():
-    """At 0 of 10 the upper end is z^2 / (n + z^2); a half counts as half a hit; many hits come close to p +- z sqrt(p q / n)."""
-    assert report.wilson(0, 10) == pytest.approx([0, 1.96 ** 2 / (10 + 1.96 ** 2)])
-    assert report.wilson(10, 10)[1] == pytest.approx(1) and report.wilson(4.5, 10)[0] < 0.45
-    assert report.wilson(5000, 10000) == pytest.approx([0.5 - 0.0098, 0.5 + 0.0098], abs=1e-5)
-
-
-def test_it_imports_nothing_of_ours():
-    tree = ast.parse((ROOT / "tools" / "report.py").read_text(encoding="utf-8"))
-    def names(nodes):
+def test_it_imports_nothing_of_ours_but_statistics_which_import_nothing_of_ours():
+    def imported(nodes):
         return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} | {
-            node.module.partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert names(tree.body) <= sys.stdlib_module_names  # matplotlib only to draw
-    assert names(ast.walk(tree)) <= sys.stdlib_module_names | {"matplotlib"}
+            node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    trees = {name: ast.parse((ROOT / "tools" / name).read_text(encoding="utf-8")) for name in ("report.py", "stats.py")}
+    assert imported(trees["report.py"].body) <= sys.stdlib_module_names | {"tools.stats"}  # matplotlib only to draw
+    assert imported(ast.walk(trees["report.py"])) <= sys.stdlib_module_names | {"tools.stats", "matplotlib.figure"}
+    assert imported(ast.walk(trees["stats.py"])) <= sys.stdlib_module_names | {"numpy"}

@@ -58,11 +58,17 @@ def newest(folder):
     return None
 
 
-def load(path, params, optimizer):
-    """Restores the params {name: tensor} and the optimizer in place -> the number of updates done."""
-    state, tensors, moments = json.loads((path / "state.json").read_text()), load_file(path / "tensors.safetensors"), {}
+def load_weights(path, params):
+    """Restores the params {name: tensor}, some or all of those saved, in place -> all that was saved."""
+    tensors = load_file(path / "tensors.safetensors")
     for name, p in params.items():
         p.data.copy_(tensors[f"param.{name}"])
+    return tensors
+
+
+def load(path, params, optimizer):
+    """Restores the params {name: tensor} and the optimizer in place -> the number of updates done."""
+    state, tensors, moments = json.loads((path / "state.json").read_text()), load_weights(path, params), {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer":

@@ -53,6 +53,10 @@ def tldr_prompt(info):
     return f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
 
 
+def article_prompt(article):
+    return f"Article:\n{article}\n\nTL;DR:"
+
+
 def read_row(row):
     """A row of any known layout -> {prompt, reference} or {prompt, chosen, rejected, batch}; of an unknown one -> the row.
 
@@ -61,13 +65,15 @@ def read_row(row):
     if has({"info", "summaries", "choice"}):                          # openai/summarize_from_feedback and vwxyzjn's builds
         article = row["info"].get("article")                          # CNN/DM rows have one instead of a post
         texts, choice = [summary["text"] for summary in row["summaries"]], row["choice"]
-        return {"prompt": f"Article:\n{article}\n\nTL;DR:" if article else tldr_prompt(row["info"]),
+        return {"prompt": article_prompt(article) if article else tldr_prompt(row["info"]),
                 "chosen": texts[choice], "rejected": texts[1 - choice], "batch": row.get("batch")}
     if has({"prompt", "chosen", "rejected"}):                         # trl-lib/tldr-preference, CarperAI, Dahoas
         return {name: row[name] for name in ("prompt", "chosen", "rejected")}
     if has({"chosen", "rejected"}):                                   # Anthropic/hh-rlhf: two whole dialogues
         (prompt, mark, chosen), (other, _, rejected) = [row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected")]
         return {"prompt": prompt + mark if prompt == other else "", "chosen": chosen, "rejected": rejected}
+    if has({"article", "highlights"}):                                # abisee/cnn_dailymail
+        return {"prompt": article_prompt(row["article"]), "reference": row["highlights"]}
     if has({"subreddit", "title", "post", "summary"}):                # vwxyzjn/ and cleanrl/...tldr_3_filtered...
         return {"prompt": tldr_prompt(row), "reference": row["summary"]}
     for prompt, reference in [("prompt", "reference"), ("prompt", "completion"), ("prompt", "label"), ("prompt", "response"),

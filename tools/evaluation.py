@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -38,34 +39,57 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
     return drpo.resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm, module:function or api:MODEL")
 
 
-def evaluate(s):
-    """Every finished method of the run, on the same held-out prompts -> samples.jsonl, a row per prompt, and eval.json, what
-    is known of the run; tools/report.py makes tables, intervals and figures of them.
+def yardsticks(s):
+    """What methods are measured with, all of the run: {sft, backbone, head: its SFT and reward model, tokenizer, judge}."""
+    tokenizer, sft = drpo.load_tokenizer(f"{s.run_dir}/sft", s), drpo.load_network(f"{s.run_dir}/sft", s)
+    backbone, head = drpo.load_reward(f"{s.run_dir}/rm", s)
+    return SimpleNamespace(sft=sft, backbone=backbone, head=head, tokenizer=tokenizer,
+                           judge=load_judge(s, backbone, head, tokenizer))
 
-    KL(pi || pi_SFT) is estimated on samples at the training temperature, the one at which the two were compared in training;
-    everything else is measured on samples at the evaluation temperature."""
+
+def measure(network, rows, s, by):
+    """A network on prompts and references -> {figure: one value per row}; report.METRICS explains them, and `ids` are the tokens
+    of the response. by: what `yardsticks` gives.
+
+    KL(pi || pi_SFT) is estimated on samples at the training temperature, the one at which the two were compared in training,
+    and `kl_rm_score` is the score of those very samples; everything else is measured at the evaluation temperature."""
+    prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
+    responses, tempered = [drpo.sample(network, rows, s, by.tokenizer, at) for at in (s.eval_temperature, s.temperature)]
+    log_pi, log_sft = [drpo.per_row(lambda part: drpo.sequence_logprobs(net, part, s.temperature), rows, tempered, s, by.tokenizer)
+                       for net in (network, by.sft)]
+    rm_scores, kl_rm_scores = [drpo.per_row(lambda part: drpo.end_scores(by.backbone, by.head, part), rows, said, s, by.tokenizer)
+                               for said in (responses, tempered)]
+    texts = drpo.decode(responses, by.tokenizer)
+    return {"response": texts, "win_rate": by.judge(prompts, texts, references), "kl": (log_pi - log_sft).tolist(),
+            "rm_score": rm_scores.tolist(), "kl_rm_score": kl_rm_scores.tolist(),
+            **{f"rouge_{kind.lower()}": drpo.rouge(texts, rows, f"rouge{kind}") for kind in "12L"},
+            "response_tokens": [len(ids) for ids in responses],
+            "eos_rate": [int(ids[-1] == by.tokenizer.eos_token_id) for ids in responses], "ids": responses}
+
+
+def require_same_tokenizer(name, s, tokenizer):
+    """A network from elsewhere must read and write the run's tokens, or its KL to the SFT model, a sum over tokens, would mean
+    nothing."""
+    other = drpo.load_tokenizer(name, s)
+    fewer, more = sorted((other.get_vocab().items(), tokenizer.get_vocab().items()), key=len)
+    if not fewer <= more or other.eos_token_id != tokenizer.eos_token_id:  # one may have a [PAD] that the other lacks
+        drpo.stop(f"--others {name}: has another tokenizer than {s.run_dir}/sft, so that there is no KL between the two")
+
+
+def evaluate(s):
+    """Every finished method of the run, and the networks named by --others, on the same held-out prompts -> samples.jsonl, a
+    row per prompt, and eval.json, what is known of the run; tools/report.py makes tables, intervals and figures of them."""
     run = Path(s.run_dir)
     results = {stage: json.loads(path.read_text()) for stage in drpo.USES if (path := run / stage / "result.json").exists()}
-    rows = drpo.load_rows(s.dataset, "reference", s.seed)[1][:s.eval_samples]
-    prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
-    tokenizer, sft = drpo.load_tokenizer(f"{run}/sft", s), drpo.load_network(f"{run}/sft", s)
-    backbone, head = drpo.load_reward(f"{run}/rm", s)
-    judge = load_judge(s, backbone, head, tokenizer)
-    samples = [{"prompt": prompt, "reference": reference} for prompt, reference in zip(prompts, references)]
-    def scored(part):
-        return drpo.end_scores(backbone, head, part)
-
-    for method in tqdm([name for name in ("sft", "dpo", "ppo", "drpo") if name in results], desc="eval", unit="method",
-                       disable=drpo.world()[0] > 0):
-        network = sft if method == "sft" else drpo.load_network(f"{run}/{method}", s)
-        responses, tempered = [drpo.sample(network, rows, s, tokenizer, at) for at in (s.eval_temperature, s.temperature)]
-        log_pi, log_sft = [drpo.per_row(lambda part: drpo.sequence_logprobs(net, part, s.temperature), rows, tempered, s,
-                                        tokenizer) for net in (network, sft)]
-        texts = drpo.decode(responses, tokenizer)
-        columns = {"response": texts, "win_rate": judge(prompts, texts, references), "kl": (log_pi - log_sft).tolist(),
-                   "rm_score": drpo.per_row(scored, rows, responses, s, tokenizer).tolist(),
-                   "rouge_l": drpo.rouge_l(texts, rows), "response_tokens": [len(ids) for ids in responses],
-                   "eos_rate": [int(ids[-1] == tokenizer.eos_token_id) for ids in responses]}
+    rows, by = drpo.load_rows(s.dataset, "reference", s.seed)[1][:s.eval_samples], yardsticks(s)
+    samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
+    folders = {name: f"{run}/{name}" for name in ("sft", "dpo", "ppo", "drpo") if name in results}
+    for name in s.others:
+        require_same_tokenizer(name, s, by.tokenizer)
+        folders[name] = name
+    for method in tqdm(folders, desc="eval", unit="method", disable=drpo.world()[0] > 0):
+        network = by.sft if method == "sft" else drpo.load_network(folders[method], s)
+        columns = measure(network, rows, s, by)
         for row, *values in zip(samples, *columns.values()):
             row[method] = dict(zip(columns, values))
     if drpo.world()[0] > 0:

@@ -50,7 +50,8 @@ def start_over(stages, run):
     """Deletes what these stages, and the stages that build on them, have left in the run folder, if the person agrees."""
     parts = {stage: set(parts) for stage, parts in drpo.USES.items()}
     doomed = [run / stage for stage in parts if any(one == stage or parts[one] < parts[stage] for one in stages if one in parts)]
-    doomed += [run / name for name in ("samples.jsonl", "eval.json", "report.json", "report.md", "curves.png")]
+    doomed += [run / name for name in ("samples.jsonl", "eval.json", "report.json", "report.md", "curves.png", "frontier.png",
+                                    "history.jsonl", "overoptimisation.png")]
     if not (there := [path for path in doomed if path.exists()]):
         return
     print(f"--fresh deletes {', '.join(map(str, there))}. Type yes to go on: ", end="", flush=True)

@@ -3,14 +3,19 @@
     python -m tools.show [--preset P] [settings of drpo.py] [--rows N]    the first rows and pairs that sft and rm train on
     python -m tools.show --run DIR [settings of drpo.py] [--rows N]       the first rollouts of drpo, from a run that has sft/
                                                                           and rm/ (its own policy rolls out once drpo/ is there)
+    python -m tools.show --run DIR --sample K                             row K of samples.jsonl: each method's response, and DR-PO's
+                                                                          from a reset, with reward, value, advantage of each token
 
 The settings of a run are read from its folder. All is done by the functions of drpo.py: what is wrong there shows here.
 """
 import argparse
+import copy
 import dataclasses
 import json
 import os
+import shutil
 import sys
+import textwrap
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +24,10 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import drpo
+from tools import checkpoint, report
 
+# Prefix and sampled tokens in the colours of the README's drawing: blue is a person's, yellow the policy's
+PAINT = {"prompt": "2", "reset prefix": "1;34", "sampled": "33", "EOS": "1;32", "pad": "2"}
 KEPT = {"pad": (1, 1), "query": (3, 3), "after EOS": (1, 0)}          # what a long run of these shows of its two ends
 
 
@@ -91,6 +99,20 @@ def show_rows(s, count):
                  0 * batch["response_len"], tokenizer, as_is, {"reward": marks})
 
 
+def of_steps(batch, masks, roles, s):
+    """Line 5 of Algorithm 1 as in `drpo.drpo_update`, before any whitening -> log pi, log pi_SFT and values, (B, T) each, on the
+    prefix too, of which training has no need; scores (B,); rewards (B, T)."""
+    everywhere = torch.ones_like(masks[0])
+    logprobs, ref_logprobs = [drpo.response_logprobs(network, batch, s.temperature, everywhere)[0]
+                              for network in (roles.policy, roles.reference)]
+    values = drpo.apply_head(roles.value_head, drpo.response_states(roles.critic, batch)[:, :-1])
+    scores = torch.where(batch["has_eos"], drpo.end_scores(roles.reward, roles.reward_head, batch), s.missing_eos_score)
+    rewards = drpo.penalised_rewards(scores, logprobs, ref_logprobs, masks[0], s.kl_coef)
+    if s.masking == "official":                                       # the KL reward also outside of what was sampled
+        rewards += drpo.penalised_rewards(0 * scores, logprobs, ref_logprobs, ~masks[0], s.kl_coef)
+    return logprobs, ref_logprobs, values, scores, rewards
+
+
 @torch.no_grad()
 def show_rollouts(s, count):
     """The first rollouts of update 0, as in `drpo.drpo_update`: the same rows, resets and random numbers."""
@@ -109,13 +131,8 @@ def show_rollouts(s, count):
     episodes = drpo.draw(rows, count, 0, s.seed, "rl")
     available = [len(drpo.encode_response(row["reference"], tokenizer, T)) - 1 for row in episodes]  # EOS, or the cut, aside
     masks = drpo.token_masks(reset_len, batch["response_len"], T, s.masking)
-    everywhere = torch.ones_like(masks[0])                            # of the prefix too, which training has no need of
-    logprobs, ref_logprobs = [drpo.response_logprobs(network, batch, s.temperature, everywhere)[0] for network in (policy, sft)]
-    values = drpo.apply_head(head, drpo.response_states(backbone, batch)[:, :-1])
-    scores = torch.where(has_eos, drpo.end_scores(backbone, head, batch), s.missing_eos_score)
-    rewards = drpo.penalised_rewards(scores, logprobs, ref_logprobs, masks[0], s.kl_coef)
-    if s.masking == "official":                                       # the KL reward also outside of what was sampled
-        rewards += drpo.penalised_rewards(0 * scores, logprobs, ref_logprobs, ~masks[0], s.kl_coef)
+    roles = SimpleNamespace(policy=policy, reference=sft, critic=backbone, value_head=head, reward=backbone, reward_head=head)
+    logprobs, ref_logprobs, values, scores, rewards = of_steps(batch, masks, roles, s)
     kl = drpo.log_ratio(logprobs, ref_logprobs, masks[0])
     for n, (start, end) in enumerate(zip(reset_len.tolist(), batch["response_len"].tolist())):
         names, shown = (["mask"], end) if s.masking == "sampled" else (["mask", "policy", "rest"], T)
@@ -125,6 +142,87 @@ def show_rollouts(s, count):
         show(f"rollout {n}: reset_len {start} of {available[n]}, response_len {end}, {end - start} sampled; "
              f"{'ends with EOS' if has_eos[n] else 'NO EOS'}; score {scores[n]:.3f}, KL {kl[n].sum():.3f}",
              batch, n, reset_len, tokenizer, ("sampled", "after EOS"), more)
+
+
+def trained_critic(stage, s):
+    """The critic and its head at the end of ppo or drpo; before that, and in any other stage, they are the reward model."""
+    backbone, head = drpo.load_reward(f"{s.run_dir}/rm", s, full=not s.lora_r)
+    if not (found := checkpoint.newest(Path(s.run_dir, stage, "checkpoint")) if stage in report.RL else None):
+        return backbone, head
+    critic, _ = drpo.twin(backbone, s.lora_r, s.seed)
+    value_head = copy.deepcopy(head).requires_grad_(True)
+    modules = torch.nn.ModuleDict({"critic": critic, "value_head": value_head})
+    checkpoint.load_weights(found, {name: p for name, p in modules.named_parameters() if p.requires_grad})
+    return critic, value_head
+
+
+def paint(text, role):
+    """In the colour of its role on a terminal; as it is in a file or a pipe, and where NO_COLOR is set."""
+    return f"\033[{PAINT[role]}m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
+
+
+def show_tokens(columns, width):
+    """Columns of (token, role, reward, value, advantage), all texts, side by side, as many to a line as fit into the width."""
+    names, line = ("token", "role", "reward", "value", "advantage"), []
+    for column in [*columns, None]:
+        size = sum(max(map(len, cells)) + 2 for cells in line)
+        if column is None or line and len(names[-1]) + size + max(map(len, column)) + 2 > width:
+            for i, name in enumerate(names):
+                cells = [paint(cells[i].rjust(max(map(len, cells)) + 2), cells[1]) for cells in line]
+                print(f"{name:{len(names[-1])}}" + "".join(cells))
+            print()
+            line = []
+        line.append(column)
+
+
+@torch.no_grad()
+def show_sample(s, number):
+    """Row `number` of samples.jsonl: the response of every method, and one of DR-PO from a reset into the row's reference."""
+    run, T, width = Path(s.run_dir), s.response_length, shutil.get_terminal_size().columns
+    try:
+        samples = report.read(run / "samples.jsonl", lines=True)
+    except OSError as error:
+        drpo.stop(f"{error.filename}: {error.strerror}; make it with: python drpo.py eval --run_dir {run}")
+    if not 0 <= number < len(samples):
+        drpo.stop(f"--sample {number}: must lie in [0, {len(samples) - 1}], the rows of {run}/samples.jsonl")
+    row, methods = samples[number], report.methods_in(samples[number:number + 1])
+    if "ids" not in row[methods[0]]:
+        drpo.stop(f"{run}/samples.jsonl: has no token ids; make it again with: python drpo.py eval --run_dir {run}")
+    tokenizer, sft = drpo.load_tokenizer(f"{run}/sft", s), drpo.load_network(f"{run}/sft", s)
+    backbone, head = drpo.load_reward(f"{run}/rm", s)
+    query, eos = drpo.encode_query(row["prompt"], tokenizer, s.query_length), tokenizer.eos_token_id
+    for title, text in (("prompt", tokenizer.decode(query)), ("reference", row["reference"])):
+        print(f"{title}:\n" + paint("\n".join(textwrap.fill(line, width) for line in text.splitlines()), "prompt") + "\n")
+    print(f"reward: -{s.kl_coef:g} (ln pi - ln pi_SFT) at temperature {s.temperature:g}, and the score at the last token; before any "
+          f"whitening\nvalue: the critic at the end of that training, for other methods the reward model; advantage: GAE\n")
+
+    for method in methods:
+        policy = sft if method == "sft" else drpo.load_network(f"{run}/{method}" if method in report.METHODS else method, s)
+        critic, value_head = trained_critic(method, s)
+        roles = SimpleNamespace(policy=policy, reference=sft, critic=critic, value_head=value_head, reward=backbone, reward_head=head)
+        said, shown = row[method], [("as evaluated", 0, row[method]["ids"])]
+        if method == "drpo":                                          # the same prompt, with a reset for certain
+            rng = drpo.generator(s.seed, "show", number)
+            reference = [token for token in drpo.encode_response(row["reference"], tokenizer, T) if token != eos][:T - 1]
+            length = drpo.sample_reset_lengths(torch.tensor([len(reference)]), 1.0, rng, s.reset_include_prompt).item()
+            ids, = drpo.rollout(policy, [query], [reference[:length]], torch.rand(1, T, generator=rng), tokenizer, s, s.temperature)
+            shown.append((f"reset to {length} of the reference's {len(reference)} tokens", length, ids))
+        for how, length, ids in shown:
+            batch = drpo.pack([query], [ids], eos, s.device, width=T) | {
+                "reset_len": torch.tensor([length], device=s.device), "has_eos": torch.tensor([ids[-1] == eos], device=s.device)}
+            masks = drpo.token_masks(batch["reset_len"], batch["response_len"], T, s.masking)
+            _, _, values, scores, rewards = of_steps(batch, masks, roles, s)
+            advantages, _ = drpo.gae(rewards, values, masks[2], s.gamma, s.lam)
+            judged = "" if length else f", win rate {said['win_rate']}"
+            print(f"{report.label(method)}, {how}: {len(ids)} tokens, score {scores.item():.3f}"
+                  f"{'' if ids[-1] == eos else ' (NO EOS)'}{judged}\n")
+            columns = []
+            for t, token in enumerate(ids):
+                role = "reset prefix" if t < length else "EOS" if token == eos else "sampled"
+                numbers = [f"{x[0, t].item() + 0:.3f}" if t >= length else "." for x in (rewards, values, advantages)]
+                columns.append((repr(tokenizer.decode(token)), role, *numbers))
+            columns += [(f"{T - len(ids)} more", "pad", ".", ".", ".")] * (len(ids) < T)
+            show_tokens(columns, width)
 
 
 def recorded(run, given):
@@ -138,7 +236,8 @@ def recorded(run, given):
                 drpo.stop(f"--run {run}: has no {path}; make it with: python drpo.py {stage} --run_dir {run}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             drpo.stop(f"{run}/{path}: cannot be read: {type(error).__name__}: {error}")
-    fields = {f.name: f.default for f in dataclasses.fields(drpo.Settings) if not f.metadata["help"].startswith("[run]")}
+    fields = {f.name: f.default for f in dataclasses.fields(drpo.Settings)
+              if not f.metadata["help"].startswith("[run]") and f.name != "others"}
     alike = {name: sum(known.get(key) == value for key, value in (fields | preset).items())
              for name, preset in drpo.PRESETS.items()}
     likeliest = [f"--preset={known.get('preset', max(alike, key=alike.get))}"]
@@ -154,14 +253,20 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", "--run_dir", type=Path, help="the folder of a run; without it, rows of the data are shown")
     parser.add_argument("--rows", type=int, default=2, help="how many of each to show")
+    parser.add_argument("--sample", type=int, help="which row of samples.jsonl, from 0; with --run")
     parser.error = drpo.stop
     options, given = parser.parse_known_args(argv)
     s = drpo.parse(["all", *(recorded(options.run, given) if options.run else []), *given])[1]
+    if options.sample is not None and not options.run:
+        drpo.stop(f"--sample {options.sample}: of which run? Add --run DIR")
     most = s.batch_size if options.run else min(s.sft_batch_size, s.rm_batch_size)
     if not 1 <= options.rows <= most:
         drpo.stop(f"--rows {options.rows}: must lie in [1, {most}], the rows of one update")
     with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False):
-        (show_rollouts if options.run else show_rows)(s, options.rows)
+        if options.sample is None:
+            (show_rollouts if options.run else show_rows)(s, options.rows)
+        else:
+            show_sample(s, options.sample)
 
 
 if __name__ == "__main__":
