@@ -362,7 +362,7 @@ def test_scoring_and_its_gradient_hold_logits_of_a_few_rows_only(monkeypatch):
 @every_network
 @torch.no_grad()
 def test_logprobs_would_show_a_forgotten_attention_mask(make, monkeypatch):
-    network, (queries, responses, batch) = make(), ragged()
+    network, batch = make(), ragged()[2]
     right, _ = drpo.response_logprobs(network, batch)
     original = drpo.inputs
     monkeypatch.setattr(drpo, "inputs", lambda batch: {**original(batch), "attention_mask": torch.ones(6, 16).long()})

@@ -105,7 +105,7 @@ def rollouts(run, capsys):
 
 def test_the_rollouts_shown_are_those_of_the_first_update(run, rollouts):
     responses, queries, prefixes = run.rollouts[0]
-    (scores, logprobs), (rewards, values, mask) = run.rewards[0], run.gae[0]
+    (scores, logprobs), (rewards, values, _) = run.rewards[0], run.gae[0]
     width = max(map(len, queries))
     assert len(rollouts) == B and {len(ids) for ids in prefixes} > {0}
     for n, (title, rows) in enumerate(rollouts):
