@@ -93,7 +93,7 @@ def claims(results):
             *[f"{beta}: {tally(runs)}" for beta, runs in sweep.items()])
         medians = [typical(runs) for beta, runs in sweep.items() if beta >= 0.25]
         add("... with beta in [0.25, 1] within 2x", max(medians) <= 2 * min(medians),
-            f"slowest median over fastest {max(medians) / min(medians):.1f}")
+            f"slowest median over fastest {max(medians) / min(medians):.2f}")
     add("Algorithm 3, with the NPG oracle, works too", all(len(solved(npg[H])) == len(npg[H]) for H in horizons),
         *[f"H = {H}: {tally(npg[H])}" + (f", mixture of all iterates at {budget(npg[H])} {mean(r['mixture_value'] for r in npg[H]):.2f}"
                                          if full else "") for H in horizons])
