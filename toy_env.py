@@ -454,7 +454,7 @@ def plan(mode):
         if full and seed in SEEDS[:3]:
             runs += [Run("drpo", 20, seed, 300_000, beta=beta, kl_coef=kl_coef) for beta in HEAT_BETAS for kl_coef in HEAT_KLS
                      if kl_coef != 0.001]                             # those are in the sweep over beta
-    return sorted(set(runs), key=lambda run: (-run.H, run.seed, run.c, run.plain, run.pairs))      # one problem after the other
+    return sorted(set(runs), key=lambda run: (-run.H, run.seed, run.c, run.plain, run.pairs, str(run)))  # problem by problem
 
 
 def carry_out(runs, out, jobs):
