@@ -310,7 +310,8 @@ def write_single(run):
             "In brackets: 95 % intervals over the prompts. At equal length: the win rate that a logistic regression on the "
             "difference in length predicts for responses as long as the reference; - where it cannot tell.",
             table(method_rows(methods, METRICS, WITH_INTERVAL), markdown=True), "\n".join(f"- {note}" for note in notes),
-            "## Differences on the same prompts", "Intervals by the paired bootstrap: prompts drawn again, 10,000 times.",
+            "## Differences on the same prompts", "Intervals by the paired bootstrap: prompts drawn again, "
+            "10,000 times. They hold for these trained networks, and say nothing of another seed.",
             table(difference_rows(report["differences"], lambda gap: gap["ci95"]), markdown=True),
             "## The first held-out posts", *sample_posts(samples, methods))
     return "\n".join([table(method_rows(methods, IN_TERMINAL, ["win_rate"])), *notes])

@@ -219,7 +219,7 @@ def show_sample(s, number):
             columns = []
             for t, token in enumerate(ids):
                 role = "reset prefix" if t < length else "EOS" if token == eos else "sampled"
-                numbers = [f"{x[0, t].item() + 0:.3f}" if t >= length else "." for x in (rewards, values, advantages)]
+                numbers = [f"{round(x[0, t].item(), 3) + 0:.3f}" if t >= length else "." for x in (rewards, values, advantages)]
                 columns.append((repr(tokenizer.decode(token)), role, *numbers))
             columns += [(f"{T - len(ids)} more", "pad", ".", ".", ".")] * (len(ids) < T)
             show_tokens(columns, width)
