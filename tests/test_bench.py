@@ -175,7 +175,7 @@ def test_the_best_plan_is_none_where_not_even_the_networks_fit():
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows, shapes and sizes
 
-@pytest.mark.parametrize("preset", list(drpo.PRESETS))
+@pytest.mark.parametrize("preset", list(bench.LENGTHS))
 def test_synthetic_rows_have_the_quantiles_of_real_ones(preset):
     s = drpo.parse(["drpo", f"--preset={preset}"])[1]
     rows = bench.synthetic_rows(1000, 50304, bench.LENGTHS[preset], seed=0)

@@ -314,6 +314,8 @@ def bench(s, shape, random_weights, auto, lengths, iterations):
         if len(tokenizer) > vocabulary:
             drpo.stop(f"--tokenizer has {len(tokenizer)} tokens, but --model {s.model} embeds only {vocabulary}")
     else:
+        if s.preset not in LENGTHS:
+            drpo.stop(f"--preset {s.preset}: is not trained on, and its lengths are not known; --lengths FILE takes those of its rows")
         rows = synthetic_rows(iterations * s.batch_size, vocabulary, LENGTHS[s.preset], s.seed)
         tokenizer = numbers
     if auto:

@@ -77,8 +77,8 @@ def claims(results):
         add("... and it is no imitation", worst >= 0.97, f"worst value after {budget(drpo[10])} episodes {worst:.3f}, where the "
             f"data's mean is {min(means):.2f} to {max(means):.2f} and its best trajectory earns {best:.0f}")
     if long == [10]:
-        add("PPO, the same but for beta = 0, is later", not solved(ppo[10], BARS[10]),
-            f"H = 10: {tally(ppo[10], BARS[10])} within {BARS[10] // 1000}k")
+        add("PPO, the same but for beta = 0, is later", not solved(ppo[10]),
+            f"H = 10: {tally(ppo[10])} within {budget(ppo[10])}")
     else:
         add("PPO, the same but for beta = 0, does not", not any(solved(ppo[H]) for H in long),
             *[f"H = {H}: {tally(ppo[H])} within {budget(ppo[H])}, mean value {mean(r['value'] for r in ppo[H]):.2f}" for H in long])
@@ -106,9 +106,9 @@ def claims(results):
     add("... which is not so of all offline methods", min(r["fitted_q"] for r in offline[H]) > SOLVED,
         f"fitted Q on the learned reward, worst {min(r['fitted_q'] for r in offline[H]):.2f}")
     if H >= 20:
-        steps, seconds = [mean(r[key] for r in drpo[H]) / mean(r[key] for r in ppo[H])
+        steps, seconds = [median(r[key] for r in drpo[H]) / median(r[key] for r in ppo[H])
                           for key in ("steps_per_update", "seconds_per_update")]
-        add(f"No extra cost, H = {H}", steps <= 1.25 and seconds <= 1.25,
+        add(f"No extra steps, H = {H}", steps <= 1.1,                  # a clock would not give the same verdict every time
             f"an update of DR-PO takes {steps:.2f}x the steps and {seconds:.2f}x the CPU time of one of PPO")
     if full:
         (power, off_power), (rate, off_rate) = [line_fit(x, [typical(drpo[H]) for H in horizons])
