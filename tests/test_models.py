@@ -109,13 +109,7 @@ def settings(run_dir="unused", **changes):
 # ----------------------------------------------------------------------------------------------------------------------
 # Helpers
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small are fastest on one thread, and sums always run in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
