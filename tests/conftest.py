@@ -15,3 +15,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_line(capsys):
+    """one_line(argv) -> what `drpo.py` says on stderr before it ends with status 2: one line, for the person who can mend it."""
+    import drpo
+
+    def ends(argv):
+        capsys.readouterr()                                           # what was said before does not count
+        with pytest.raises(SystemExit) as stopped:
+            drpo.main([str(word) for word in argv])
+        line = capsys.readouterr().err
+        assert stopped.value.code == 2 and len(line.splitlines()) == 1, line
+        return line
+    return ends

@@ -1,6 +1,7 @@
 """A run that cannot be lost: what is checked before it starts, who may work in its folder, how it is stopped and goes on."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,21 +17,12 @@ from tools import checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def one_line(capsys, argv):
-    """-> what a command that a person can mend says before it ends."""
-    with pytest.raises(SystemExit) as stopped:
-        drpo.main([str(word) for word in argv])
-    line = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(line.splitlines()) == 1, line
-    return line
-
-
 @pytest.mark.parametrize("flag, value, named", [
     ("--judge", "toy_env:nosuchjudge", "nosuchjudge"), ("--judge", "gold", "--judge gold"), ("--judge", "api:", "api:MODEL"),
     ("--judge", "api:some-model", "OPENAI_API_KEY"),
     ("--preference_dataset", "toy_env:gate", "chosen"), ("--preference_dataset", "nowhere.jsonl", "nowhere.jsonl"),
     ("--preference_length", 250, "has room for")])
-def test_what_is_wrong_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path, capsys, monkeypatch, flag, value, named):
+def test_what_is_wrong_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path, one_line, monkeypatch, flag, value, named):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     model = []
@@ -38,13 +30,31 @@ def test_what_is_wrong_in_a_later_stage_is_found_before_the_first_one_trains(tmp
         import toy_env
         toy_env.tiny_pythia().save_pretrained(tmp_path / "model")
         model = ["--model", tmp_path / "model"]
-    assert named in one_line(capsys, ["all", "--run_dir", tmp_path / "run", flag, value, *model])
+    assert named in one_line(["all", "--run_dir", tmp_path / "run", flag, value, *model])
     assert not (tmp_path / "run" / "sft").exists()
 
 
-def test_a_run_folder_belongs_to_one_process(tmp_path, capsys):
+def test_a_run_folder_belongs_to_one_process(tmp_path, one_line):
     with checkpoint.hold(tmp_path):
-        assert "another process" in one_line(capsys, ["sft", "--run_dir", tmp_path])
+        assert "another process" in one_line(["sft", "--run_dir", tmp_path])
+
+
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, one_line, monkeypatch):
+    def forbidden(path, *_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    line = one_line(["sft", "--run_dir", tmp_path / "run"])
+    assert "run" in line and "Permission denied" in line
+
+
+def test_a_checkpoint_of_another_stage_is_refused_and_left_alone(tmp_path, one_line):
+    small = ["--rm_steps", "2", "--rm_batch_size", "2", "--eval_samples", "2", "--run_dir", tmp_path]
+    drpo.main([str(word) for word in ["sft", "--sft_steps", "2", "--sft_batch_size", "2", *small]])
+    planted = tmp_path / "rm" / "checkpoint"
+    shutil.copytree(tmp_path / "sft" / "checkpoint", planted)
+    before = {path: path.read_bytes() for path in planted.rglob("*") if path.is_file()}
+    assert "rm was made with other settings" in one_line(["rm", "--sft_steps", "2", "--sft_batch_size", "2", *small])
+    assert before and {path: path.read_bytes() for path in planted.rglob("*") if path.is_file()} == before
 
 
 SFT = ["sft", "--sft_steps", "60", "--eval_samples", "2", "--save_every", "1000"]

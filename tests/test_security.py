@@ -19,14 +19,6 @@ def few():
     return [{"prompt": f"p {i}", "reference": f"r {i}"} for i in range(4)]
 
 
-def ends_in_one_line(capsys, argv):
-    with pytest.raises(SystemExit) as stopped:
-        drpo.main([str(word) for word in argv])
-    line = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(line.splitlines()) == 1, line
-    return line
-
-
 class Malice:
     """Runs a command when it is unpickled."""
 
@@ -37,7 +29,7 @@ class Malice:
         return os.system, (self.command,)
 
 
-def test_a_pickle_in_a_model_folder_is_refused(tmp_path, capsys):
+def test_a_pickle_in_a_model_folder_is_refused(tmp_path, one_line):
     model, planted = tmp_path / "model", tmp_path / "planted"
     toy_env.tiny_pythia().save_pretrained(model)
     (model / "model.safetensors").unlink()
@@ -46,12 +38,11 @@ def test_a_pickle_in_a_model_folder_is_refused(tmp_path, capsys):
         torch.load(io.BytesIO(file.read()), weights_only=False)
     assert planted.exists()
     planted.unlink()
-    capsys.readouterr()
-    assert "model" in ends_in_one_line(capsys, ["sft", *SMALL, "--model", model, "--run_dir", tmp_path / "run"])
+    assert "model" in one_line(["sft", *SMALL, "--model", model, "--run_dir", tmp_path / "run"])
     assert not planted.exists()
 
 
-def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(tmp_path, capsys, monkeypatch):
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(tmp_path, one_line, monkeypatch):
     model, planted = tmp_path / "model", tmp_path / "planted"
     toy_env.tiny_pythia().save_pretrained(model)
     config = json.loads((model / "config.json").read_text())
@@ -60,7 +51,7 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(tmp_path, c
     (model / "config.json").write_text(json.dumps(config))
     (model / "custom.py").write_text(f"open({str(planted)!r}, 'w')\nclass Config: pass\nclass Custom: pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
-    line = ends_in_one_line(capsys, ["sft", *SMALL, "--model", model, "--run_dir", tmp_path / "run"])
+    line = one_line(["sft", *SMALL, "--model", model, "--run_dir", tmp_path / "run"])
     assert "model" in line and not planted.exists()
 
 
@@ -97,10 +88,10 @@ def finished(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["", "no\n", "y\n"])
-def test_fresh_deletes_nothing_that_nobody_agreed_to(finished, capsys, monkeypatch, answer):
+def test_fresh_deletes_nothing_that_nobody_agreed_to(finished, one_line, monkeypatch, answer):
     before = sorted(finished.rglob("*"))
     monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
-    assert "nothing was deleted" in ends_in_one_line(capsys, ["sft", *SMALL, "--sft_lr", "0.1", "--fresh", "--run_dir", finished])
+    assert "nothing was deleted" in one_line(["sft", *SMALL, "--sft_lr", "0.1", "--fresh", "--run_dir", finished])
     assert sorted(finished.rglob("*")) == before
 
 
