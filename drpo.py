@@ -159,7 +159,8 @@ class Settings:
 
     eval_samples: int = setting("eval", 600, "held-out prompts on which the methods are compared")
     eval_temperature: float = setting("eval", 0.01, "sampling temperature of the evaluation; 0.01 is all but greedy")
-    judge: str = setting("eval", "rm", "who says which summary is better: rm (not independent!), module:function or api:MODEL")
+    judge: str = setting("eval", "rm", "who says which summary is better: rm (not independent!), rm:RUN_DIR (that of "
+                        "another run), module:function or api:MODEL")
     both_orders: bool = setting("eval", False, "an API judge sees each pair twice, either text first; disagreement is a tie")
     judge_prompt: str = setting("eval", "", "file with another prompt for the API judge, such as the paper's own")
     others: list[str] = setting("eval", [], "more networks to compare: folders or Hub names, with the run's tokenizer")

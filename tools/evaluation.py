@@ -14,7 +14,10 @@ from tools.judge import api_judge
 
 def load_judge(s, backbone=None, head=None, tokenizer=None):
     """-> judge(prompts, a, b) -> [P(a is preferred), or None where there is no verdict, ...], from lists of texts."""
-    def by_reward(prompts, a, b):                                     # the run's own reward model: what was optimised
+    def by_reward(prompts, a, b):
+        nonlocal backbone, head, tokenizer
+        if other_run:
+            (backbone, head), tokenizer = drpo.load_reward(f"{other_run}/rm", s), drpo.load_tokenizer(f"{other_run}/rm", s)
         rows = [[{"prompt": prompt, "reference": text} for prompt, text in zip(prompts, texts)] for texts in (a, b)]
         first, second = [drpo.reference_scores(backbone, head, side, s, tokenizer) for side in rows]
         return ((torch.sign(first - second) + 1) / 2).tolist()
@@ -28,15 +31,18 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
             drpo.stop(error)
         return [None if math.isnan(p) else p for p in drpo.summed(found).tolist()]
 
-    if s.judge == "rm":
-        return by_reward
+    other_run = s.judge.removeprefix("rm:") if s.judge.startswith("rm:") else None
+    if other_run and not Path(other_run, "rm", "config.json").exists():
+        drpo.stop(f"--judge {s.judge}: there is no reward model in {other_run}/rm; make one with: python drpo.py rm --run_dir {other_run}")
+    if s.judge == "rm" or other_run:
+        return by_reward                                              # the run's own: what was optimised
     if s.judge.startswith("api:") and len(s.judge) > 4:
         try:
             verdicts = api_judge(s.judge[4:], s.run_dir, s.seed, s.both_orders, s.judge_prompt)
         except ValueError as error:
             drpo.stop(error)
         return by_api
-    return drpo.resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm, module:function or api:MODEL")
+    return drpo.resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR, module:function or api:MODEL")
 
 
 def yardsticks(s):
