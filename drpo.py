@@ -201,7 +201,7 @@ PRESETS = {
 }
 REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000     # rows that the reward bias and the accuracy are measured on, at most
 PHASES = ("rollout", "score", "update")              # of one update of drpo and ppo, timed apart
-LOGITS_AT_ONCE = 2 ** 23                             # how many logits exist at a time: 32 MB of float32, twice
+LOGITS_AT_ONCE = 2 ** 23                             # how many logits exist at a time: 32 MB of float32
 USES = {"sft": ("data", "sft"), "rm": ("data", "sft", "rm"), "dpo": ("data", "sft", "policy", "dpo"),
         "ppo": ("data", "sft", "rm", "policy", "rl"), "drpo": ("data", "sft", "rm", "policy", "rl")}
 
@@ -482,29 +482,30 @@ class TokenLogprobs(torch.autograd.Function):
     """States (N, d), the head's weight (V, d) and bias (V,) or None, tokens (N,) -> ln pi(token | state) and the entropy of
     pi(. | state), (N,) float32 each; no gradient flows through the entropy.
 
-    Logits exist for a few rows at a time, in two buffers: no (N, V) is held, neither now nor for backward. What backward
-    needs is one vector a token, d ln pi_a / d state = (W_a - sum_v pi_v W_v) / temperature, taken while pi is at hand."""
+    Logits exist for a few rows at a time, in one buffer that the softmax overwrites: no (N, V) is held, neither now nor for
+    backward. What backward needs is one vector a token, d ln pi_a / d state = (W_a - sum_v pi_v W_v) / temperature, taken
+    while pi is at hand; the entropy follows from it, as -sum_v pi_v ln pi_v = (logit_a - sum_v pi_v logit_v) - ln pi_a."""
 
     @staticmethod
     def forward(ctx, states, weight, bias, tokens, temperature):
         device, (N, V) = states.device, (len(states), len(weight))
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-        h, W, size = states.to(dtype), weight.to(dtype), max(1, LOGITS_AT_ONCE // V)
-        buffers = torch.empty(2, min(size, N), V, device=device)
-        products = buffers[0] if dtype == torch.float32 else torch.empty_like(buffers[0], dtype=dtype)
-        logprobs, entropy, slope = *torch.empty(2, N, device=device), torch.empty_like(states)
+        h, W, size = (states / temperature).to(dtype), weight.to(dtype), max(1, LOGITS_AT_ONCE // V)
+        buffer = torch.empty(min(size, N), V, device=device)
+        products = buffer if dtype == torch.float32 else torch.empty_like(buffer, dtype=dtype)
+        logprobs, entropy, slope = *torch.zeros(2, N, device=device), torch.empty_like(states)
         for rows in [slice(i, i + size) for i in range(0, N, size)]:
             n = len(h[rows])
-            logits, pi = buffers[0, :n], buffers[1, :n]
-            logits.copy_(torch.mm(h[rows], W.T, out=products[:n]))
-            logits.add_(0.0 if bias is None else bias).div_(temperature)
-            top = logits.amax(1, keepdim=True)
-            total = torch.sub(logits, top, out=pi).exp_().sum(1)
-            normaliser = top[:, 0] + total.log()                      # ln sum exp
-            logprobs[rows] = logits.gather(1, tokens[rows, None])[:, 0] - normaliser
-            entropy[rows] = normaliser - torch.einsum("nv,nv->n", pi, logits) / total
-            if ctx.needs_input_grad[0]:
-                slope[rows] = (W[tokens[rows]] - pi.to(dtype) @ W / total[:, None]) / temperature
+            logits = buffer[:n].copy_(torch.mm(h[rows], W.T, out=products[:n]))
+            if bias is not None:
+                logits.add_(bias / temperature)
+            of_token, top = logits.gather(1, tokens[rows, None])[:, 0], logits.amax(1)
+            pi = torch.softmax(logits, 1, out=logits)
+            logprobs[rows] = of_token - top + pi.amax(1).log()        # the largest pi is exp(0) / sum exp(logits - top)
+            slope[rows] = (W[tokens[rows]] - pi.to(dtype) @ W) / temperature
+            if bias is not None:
+                entropy[rows] = (bias[tokens[rows]] - pi @ bias.float()) / temperature
+        entropy += (states * slope).sum(1) - logprobs
         ctx.save_for_backward(slope, states, weight, bias, tokens)
         ctx.size, ctx.dtype, ctx.temperature = size, dtype, temperature
         ctx.mark_non_differentiable(entropy)

@@ -12,22 +12,25 @@ It is a stand-in for a judge that was asked for nothing: its kind and its SFT ne
 at a time, on a thread each; finished ones are kept. The settings are those of the tldr preset but for SETTINGS.
 """
 import argparse
+import gzip
 import importlib.util
 import json
-import gzip
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from tools import data, report
 
 HH = 400                                                              # dialogues in a half, beside 200 pairs of summaries
 SETTINGS = dict(query_length=128, response_length=48, preference_length=64, micro_batch=8, max_grad_norm=1.0,
                 supervised_lora_r=64, sft_steps=56, sft_batch_size=16, sft_lr=3e-4, rm_steps=75, rm_batch_size=8, rm_lr=2e-4,
-                updates=16, batch_size=16, epochs=2, lora_r=16, lr=3e-4, dpo_batch_size=16, dpo_lr=1e-4, eval_samples=100,
+                updates=24, batch_size=8, epochs=1, lora_r=16, lr=3e-4, dpo_batch_size=8, dpo_lr=1e-4, eval_samples=60,
                 save_every=4)
+AT_WORK = defaultdict(Lock)                                           # a run folder is for one process at a time
 
 
 def read(name):
@@ -69,7 +72,7 @@ def drpo(stage, folder, *given):
     command = [sys.executable, "drpo.py", stage, *(f"--{name}={value}" for name, value in fixed.items()), *given]
     threads = "2" if stage == "sft" else "1"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{stage}.log", "a") as log:
+    with AT_WORK[folder], open(folder / f"{stage}.log", "a") as log:
         if subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": threads}).returncode:
             raise SystemExit(f"{stage} did not finish: see {folder}/{stage}.log")
     print(f"{folder}: {stage} is finished", flush=True)
@@ -99,7 +102,7 @@ def main():
         together(("rm", base), ("rm", judge, "--seed=1", "--preference_dataset=tools.real_run:second_half"))
         for folder in runs.values():
             borrow(["sft", "rm"], base, folder)
-        together(*((stage, folder, f"--seed={seed}") for seed, folder in runs.items() for stage in ("drpo", "ppo", "dpo")))
+        together(*((stage, folder, f"--seed={seed}") for stage in ("drpo", "ppo", "dpo") for seed, folder in runs.items()))
         together(*(("eval", folder, f"--seed={seed}", f"--judge=rm:{judge}") for seed, folder in runs.items()))
     print(report.write(options.out))
 
