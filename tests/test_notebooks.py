@@ -67,7 +67,8 @@ def test_committed_notebooks_were_run_in_order_without_an_error_and_name_no_mach
 @each_notebook
 def test_a_notebook_begins_with_what_it_shows_and_what_it_takes(path):
     first = nbformat.read(path, as_version=4).cells[0]
-    assert first.cell_type == "markdown" and first.source.startswith("# ") and "no GPU" in first.source and "second" in first.source + "seconds" * ("minute" in first.source)
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert "no GPU" in first.source and re.search("second|minute", first.source)
 
 
 def test_a_name_that_begins_no_notebook_ends_with_one_line_and_status_2(capsys):
@@ -113,7 +114,7 @@ def test_the_trained_reference_moves_with_the_policy_and_the_reward_model_stays(
 
 
 def test_the_score_at_padding_differs_just_where_there_is_padding():
-    backbone, head = toy_env.tiny_pythia().base_model.eval(), drpo.scalar_head(torch.ones(1, 128))
+    backbone, head = toy_env.tiny_pythia().base_model.eval(), drpo.scalar_head(torch.arange(128.0)[None])
     batch = drpo.pack([[5, 6], [7, 8]], [[9, 10, 0], [11, 0]], 0, "cpu")
     with torch.no_grad():
         good = drpo.end_scores(backbone, head, batch)
@@ -139,10 +140,11 @@ def test_without_resets_every_prefix_is_empty_whatever_beta():
 @pytest.mark.slow
 def test_a_planted_run_says_what_stops_it_goes_on_and_logs_no_clock(tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(notebooks.ROOT)
-    small = ["--sft_steps=2", "--rm_steps=2", "--sft_batch_size=2", "--rm_batch_size=2", "--eval_samples=2"]
+    small = ["--sft_steps=2", "--rm_steps=2", "--sft_batch_size=2", "--rm_batch_size=2", "--eval_samples=2", "--response_length=12"]
     for stage in ("sft", "rm"):
         drpo.main([stage, f"--run_dir={tmp_path}", *small])
-    _, s = drpo.parse(["drpo", f"--run_dir={tmp_path}", "--updates=2", "--batch_size=32", "--response_length=6", *small])
+    _, s = drpo.parse(["drpo", f"--run_dir={tmp_path}", "--updates=2", "--batch_size=32", *small])
+    assert planted.train("healthy", s)[1] is None
     log, said = planted.train("no_resets", s)
     assert said == "resets do not happen as often as beta says" and len(log) == 2
     assert all(line["reset_share"] == 0 and "seconds" not in line and "tokens_per_second" not in line for line in log)
