@@ -1,8 +1,7 @@
-"""The notebooks: what is committed was run, and runs again to the same key figures; and the mistakes of tools/planted.py are real."""
+"""The notebooks: what is committed was run, and runs again to the same figures. The mistakes of tools/planted.py: they are real."""
 import json
 import re
 from contextlib import nullcontext
-from types import SimpleNamespace
 from unittest import mock
 
 import nbformat
@@ -11,7 +10,7 @@ import torch
 
 import drpo
 import toy_env
-from tools import notebooks, planted
+from tools import notebooks, planted, resets
 
 PATHS = sorted((notebooks.ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
@@ -58,7 +57,8 @@ def test_committed_notebooks_were_run_in_order_without_an_error_and_name_no_mach
         assert cell.outputs, cell.source
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr", output
-            shown = output.get("text", "") + "".join(str(x) for kind, x in output.get("data", {}).items() if kind.startswith("text/"))
+            texts = [str(x) for kind, x in output.get("data", {}).items() if kind.startswith("text/")]
+            shown = output.get("text", "") + "".join(texts)
             assert not re.search(r"(?<![\w.])/(home|root|tmp|work|usr|opt|Users)/|[A-Z]:\\", shown), shown
     assert path.stat().st_size < 1e6
     assert notebook.metadata == notebooks.METADATA and all(cell.metadata == {} for cell in notebook.cells)
@@ -126,7 +126,8 @@ def test_the_score_at_padding_differs_just_where_there_is_padding():
 def test_the_reward_on_padding_reaches_gae_only_in_rows_that_fill_the_width():
     mask = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1]])
     with planting("reward_on_padding"):
-        rewards = drpo.penalised_rewards(torch.tensor([2.0, 3.0]), torch.full((2, 4), -1.0), torch.full((2, 4), -2.0), mask, 0.1)
+        scores, logprobs, ref_logprobs = torch.tensor([2.0, 3.0]), torch.full((2, 4), -1.0), torch.full((2, 4), -2.0)
+        rewards = drpo.penalised_rewards(scores, logprobs, ref_logprobs, mask, 0.1)
     torch.testing.assert_close(rewards, torch.tensor([[0, -0.1, -0.1, 2.0], [0, -0.1, -0.1, 2.9]]))
     _, returns = drpo.gae(rewards, torch.zeros(2, 4), mask, 1.0, 1.0)
     torch.testing.assert_close(returns[:, 1], torch.tensor([-0.2, 2.7]))
@@ -137,15 +138,41 @@ def test_without_resets_every_prefix_is_empty_whatever_beta():
         assert drpo.sample_reset_lengths(torch.tensor([4, 9]), 1.0, drpo.generator(0), False).tolist() == [0, 0]
 
 
+SMALL = ["--sft_steps=2", "--rm_steps=2", "--sft_batch_size=2", "--rm_batch_size=2", "--eval_samples=2", "--response_length=12",
+         "--updates=2", "--batch_size=32"]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run folder with an SFT and a reward model that have hardly been trained."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(notebooks.ROOT)
+        for stage in ("sft", "rm"):
+            drpo.main([stage, f"--run_dir={folder}", *SMALL])
+    return folder
+
+
 @pytest.mark.slow
-def test_a_planted_run_says_what_stops_it_goes_on_and_logs_no_clock(tmp_path, monkeypatch, one_thread):
-    monkeypatch.chdir(notebooks.ROOT)
-    small = ["--sft_steps=2", "--rm_steps=2", "--sft_batch_size=2", "--rm_batch_size=2", "--eval_samples=2", "--response_length=12"]
-    for stage in ("sft", "rm"):
-        drpo.main([stage, f"--run_dir={tmp_path}", *small])
-    _, s = drpo.parse(["drpo", f"--run_dir={tmp_path}", "--updates=2", "--batch_size=32", *small])
+def test_a_planted_run_says_what_stops_it_goes_on_and_logs_no_clock(small_run, one_thread):
+    _, s = drpo.parse(["drpo", f"--run_dir={small_run}", *SMALL])
     assert planted.train("healthy", s)[1] is None
     log, said = planted.train("no_resets", s)
     assert said == "resets do not happen as often as beta says" and len(log) == 2
     assert all(line["reset_share"] == 0 and "seconds" not in line and "tokens_per_second" not in line for line in log)
     assert drpo.stop is planted.stop                                  # all is as it was
+
+
+@pytest.mark.slow
+def test_rollouts_from_resets_are_kept_as_prefix_of_the_reference_and_continuation(small_run, one_thread):
+    resets.main([str(small_run), "--rows=20", *SMALL])
+    _, s = drpo.parse(["drpo", f"--run_dir={small_run}", *SMALL])
+    lines = [json.loads(line) for line in (small_run / "resets.jsonl").read_text().splitlines()]
+    assert len(lines) == 20 and 0 < sum(line["prefix"] != "" for line in lines) < 20   # beta is 0.6
+    for line in lines:
+        assert (" " + line["reference"]).startswith(line["prefix"])
+        assert line["sft"]["eos"] or line["sft"]["score"] == s.missing_eos_score
+    assert any(line["sft"]["continuation"] for line in lines)
+    with pytest.raises(SystemExit) as ended:
+        resets.main([str(small_run), "--rows=33", *SMALL])
+    assert ended.value.code == 2

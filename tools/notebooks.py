@@ -18,10 +18,10 @@ METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "na
 
 
 def execute(path):
-    """-> the notebook as it comes out of a fresh kernel that starts in the repository root. CellExecutionError where a cell fails."""
+    """-> the notebook as it comes out of a fresh kernel, started in the repository root; raises CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
-                   extra_arguments=["--log-level=ERROR"],             # not that the kernel on this very machine is not encrypted
+                   extra_arguments=["--log-level=ERROR"],  # it warns that it talks unencrypted, on this very machine
                    resources={"metadata": {"path": str(ROOT)}}).execute()
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:

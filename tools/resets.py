@@ -3,7 +3,7 @@
     python -m tools.resets RUN [--rows 8] [settings of drpo.py]
 
 RUN/resets.jsonl: a line for each of the first rollouts of DR-PO's first update, with prompt, reference and prefix, and for each
-method of the run how it goes on ("continuation"), whether that ends ("eos"), and what the reward model gives the whole ("score").
+method of the run how it goes on ("continuation"), whether that ends ("eos"), and what the reward model says of it ("score").
 """
 import argparse
 import json
