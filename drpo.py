@@ -46,52 +46,35 @@ Differences from the paper (P) and from the official code (C, github.com/Cornell
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
-import importlib.util
-import inspect
 import json
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rouge_score.rouge_scorer import RougeScorer
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser,
-                          PreTrainedTokenizerFast)
+from transformers import AutoModelForSequenceClassification, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-
-def stop(message, status=2):
-    """One line on stderr, and the end. Status 2: the person at the keyboard can mend it; 3: this run must not go on."""
-    tqdm.write(f"drpo.py: {' '.join(str(message).split())}", file=sys.stderr)  # on a line of its own, also below a bar
-    raise SystemExit(status)
-
-
-def tool(name, needed=True):
-    """tools/NAME.py: what a reader of the method need not read. Without tools/ (None) this file still trains on one's own rows."""
-    if importlib.util.find_spec("tools"):
-        return importlib.import_module(f"tools.{name}")
-    return stop(f"this needs tools/{name}.py: put tools/ beside drpo.py") if needed else None
+from tools.data import load_rows
+from tools.models import body_and_head, load_network, load_reward, load_tokenizer, save_network, scalar_head
+from tools.running import exchanged, join, refuse_if_changed, relevant, share, step, stop, summed, training, wait_for_all, world
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Settings. The defaults are the paper's TL;DR run (Table 5); a preset fills in what the command line does not give.
 
 def setting(part, default, help):
-    """A field of Settings. `part` says which stages it bears on (USES): a finished stage is kept while those are the same."""
+    """A field of Settings. `part` says which stages it bears on (USES in tools/running.py)."""
     value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**value, metadata={"help": f"[{part}] {help}"})
 
@@ -202,8 +185,6 @@ PRESETS = {
 REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000     # rows that the reward bias and the accuracy are measured on, at most
 PHASES = ("rollout", "score", "update")              # of one update of drpo and ppo, timed apart
 LOGITS_AT_ONCE = 2 ** 23                             # how many logits exist at a time: 32 MB of float32
-USES = {"sft": ("data", "sft"), "rm": ("data", "sft", "rm"), "dpo": ("data", "sft", "policy", "dpo"),
-        "ppo": ("data", "sft", "rm", "policy", "rl"), "drpo": ("data", "sft", "rm", "policy", "rl")}
 
 
 def generator(seed, *key):
@@ -212,91 +193,8 @@ def generator(seed, *key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-# Several processes, started by torchrun: each holds all rows and all weights, takes its share of the micro-batches, and adds up
-# what they give. Whatever is computed from whole batches is then the same everywhere, as if there were one process.
-
-def world():
-    """-> (number of this process, how many there are); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def share(parts):
-    """This process's part of a sequence: its first, and every world-size-th after it."""
-    rank, size = world()
-    return parts[rank::size]
-
-
-def summed(x):
-    """x, a contiguous tensor, summed over all processes in place."""
-    if world()[1] > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def wait_for_all():
-    if world()[1] > 1:
-        dist.barrier()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Data. Whatever the source, rows become {prompt, reference} for SFT and RL, and {prompt, chosen, rejected} for pairs.
-
-def resolve(name):
-    """`module:function` -> the function; anything else -> None."""
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
-        return None
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ModuleNotFoundError, AttributeError) as error:
-        stop(f"{name}: {error}")
-    return found if callable(found) else stop(f"{name}: is not a function")
-
-
-def call(function, **offered):
-    """Call with those of the offered arguments that the function takes."""
-    wanted = inspect.signature(function).parameters
-    return function(**{name: value for name, value in offered.items() if name in wanted})
-
-
-@functools.lru_cache
-def load_rows(source, kind, seed):
-    """-> (training rows, held-out rows): dicts with texts prompt and reference (kind "reference"), or prompt, chosen and
-    rejected ("pairs"). Of pairs asked for as references, the chosen response is the reference.
-
-    A module:function is called with split="train" and "validation" and the seed; tools/data.py reads everything else. Rows
-    that teach nothing (an empty text, chosen equal to rejected) are dropped and counted. Exits with 2 on any other kind."""
-    if function := resolve(source):
-        splits = [call(function, split=split, seed=seed) for split in ("train", "validation")]
-    else:
-        try:
-            splits = tool("data").load(source)
-        except ValueError as error:
-            stop(error)
-    fields, result = ("prompt", "reference") if kind == "reference" else ("prompt", "chosen", "rejected"), []
-    for part, rows in zip(("training", "held-out"), splits):
-        kept = []
-        for number, row in enumerate(rows):
-            if not isinstance(row, dict):
-                stop(f"{source}: {part} row {number} must be a dict, not {type(row).__name__}")
-            row = {"reference": row["chosen"], **row} if "chosen" in row else row
-            for name in fields:
-                if not isinstance(row.get(name), str):
-                    stop(f"{source}: {part} row {number}: {name} must be text, not {type(row.get(name)).__name__} "
-                         f"(the row has {', '.join(row)})")
-                if re.search("[\ud800-\udfff]", row[name]):
-                    stop(f"{source}: {part} row {number}: {name} has half of a surrogate pair in it, which is not text")
-            texts = {name: row[name].strip() for name in fields}
-            if all(texts.values()) and len(set(texts.values())) == len(fields):
-                # "TL;DR:" without a space after it: the response brings that. `batch` is the labellers', where it is told
-                kept.append({**texts, "prompt": row["prompt"].rstrip(), "batch": row.get("batch")})
-        if len(kept) < len(rows):
-            print(f"{source}: {len(rows) - len(kept)} of {len(rows)} {part} rows dropped (empty, equal, or no shared prompt)")
-        if not kept:
-            stop(f"{source}: no usable {part} rows among {len(rows)}; both training and held-out rows are needed")
-        result.append(kept)
-    return result
-
+# 2. Data. Whatever the source, `load_rows` makes rows {prompt, reference} for SFT and RL, and {prompt, chosen, rejected} for pairs.
 
 def encode_query(prompt, tokenizer, length):
     """-> at most `length` token ids. A TL;DR post that is too long loses its last line, or where there is one line only its
@@ -368,79 +266,6 @@ def draw(rows, size, update, seed, stream):
 # With lora_r = 0 all weights are trained and the frozen twin is a real copy. Networks stay in eval mode throughout:
 # dropout would make two passes over the same tokens disagree, and the ratio of the first epoch would not be 1.
 
-def load(loader, name, s, **kwargs):
-    """loader.from_pretrained from a Hub name, a folder or a .gguf file; a module:function is called with the seed. Code that
-    comes with a model is not run, and weights in a pickle are read as tensors or not at all."""
-    if function := resolve(name):
-        return call(function, seed=s.seed)
-    path = Path(name)
-    if not path.exists() and (name.startswith(("/", ".")) or name.count("/") > 1 or path.suffix == ".gguf"):
-        stop(f"{name}: no such file or folder")
-    try:
-        if path.suffix != ".gguf":
-            return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
-        loaded = loader.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, **kwargs)
-        if isinstance(loaded, nn.Module):                             # by now its weights are plain, and can be saved as such
-            loaded.hf_quantizer = None
-            vars(loaded.config).pop("quantization_config", None)
-        return loaded
-    except Exception as error:                                        # every way in which a name can be wrong
-        stop(f"{name}: cannot be loaded: {error}")
-
-
-def load_tokenizer(name, s):
-    """As `load`, or from a tokenizer.json. The tokenizer has an EOS, or a response could never end."""
-    if name.endswith(".json") and Path(name).is_file():
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=name)
-        tokenizer.eos_token = "<|endoftext|>" if "<|endoftext|>" in tokenizer.get_vocab() else None
-    else:
-        tokenizer = load(AutoTokenizer, name, s)
-    if getattr(tokenizer, "eos_token_id", None) is None:
-        stop(f"--tokenizer {name}: has no end-of-text token")
-    return tokenizer
-
-
-def load_network(name, s, cls=AutoModelForCausalLM, full=False, **kwargs):
-    """A network of transformers, in eval mode on the device. Weights that will all be trained (`full`) are float32."""
-    dtype = torch.float32 if full else getattr(torch, s.dtype)
-    network = load(cls, name, s, dtype=dtype, **kwargs)
-    if not isinstance(network, nn.Module):
-        stop(f"--model {name}: gives no network")
-    network = network.to(s.device, dtype).eval()
-    if cls is AutoModelForCausalLM:
-        (body, head), some = body_and_head(network), torch.arange(2, device=s.device)[None]
-        with torch.no_grad():                                         # `response_logprobs` makes logits of states itself
-            if not torch.allclose(head(body(some).last_hidden_state), network(some).logits, 1e-3, 1e-3, equal_nan=True):
-                stop(f"--model {name}: its logits are scaled or capped, and not just a linear map of its last states")
-    return network
-
-
-def load_reward(folder, s, full=False):
-    """-> (backbone, head) of a reward model. On disk it is an AutoModelForSequenceClassification, whose head has no bias of
-    its own: the mean score of the references stands in its config, and score = logit - config.reward_bias."""
-    model = load_network(folder, s, AutoModelForSequenceClassification, full)
-    if not hasattr(model.config, "reward_bias"):
-        stop(f"{folder}: is not a reward model (its config has no reward_bias); make one with: python drpo.py rm")
-    return model.base_model, scalar_head(model.score.weight, -model.config.reward_bias).requires_grad_(False)
-
-
-def scalar_head(weight, bias=0.0):
-    """nn.Linear(d, 1) in float32 from a weight (1, d)."""
-    head = nn.Linear(weight.shape[1], 1, device=weight.device)
-    head.load_state_dict({"weight": weight, "bias": torch.tensor([bias])})
-    return head
-
-
-def save_network(network, tokenizer, folder):
-    """In the layout that from_pretrained reads: an adapter under adapter/, and merged into its network."""
-    if world()[0] == 0:
-        if hasattr(network, "merge_and_unload"):
-            network.save_pretrained(folder / "adapter")
-            network = network.merge_and_unload()
-        network.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    wait_for_all()
-
 
 def add_lora(network, r, seed=0):
     """LoRA on the projections that peft chooses for this architecture (query_key_value in Pythia), as in the official code.
@@ -470,12 +295,6 @@ def inputs(batch):
     mask = torch.cat([batch["query_mask"], torch.ones_like(batch["response"], dtype=torch.bool)], 1)
     return {"input_ids": torch.cat([batch["query"], batch["response"]], 1), "attention_mask": mask.long(),
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
-
-
-def body_and_head(network):
-    """-> the transformer without its head, and the linear layer that makes logits of its states; the adapter stays on."""
-    network = network.get_base_model() if hasattr(network, "get_base_model") else network
-    return network.base_model, network.get_output_embeddings()
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -691,15 +510,6 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     return exchanged(responses, [len(prefix) for prefix in prefixes], T, s.device) if world()[1] > 1 else responses
 
 
-def exchanged(responses, prefix_lengths, T, device):
-    """B lists of ids, of which each process has let some grow beyond their prefixes -> all of them as they have grown."""
-    table = torch.zeros(len(responses), T + 1, dtype=torch.long, device=device)
-    for row, (ids, prefix_length) in enumerate(zip(responses, prefix_lengths)):
-        if len(ids) > prefix_length:
-            table[row, :len(ids) + 1] = torch.tensor([len(ids), *ids])
-    return [ids[1:ids[0] + 1] for ids in summed(table).tolist()]
-
-
 def reset_rollouts(policy, rows, update, tokenizer, s):
     """Alg. 1, lines 3 and 4: the rollouts of one update. Rows, resets and uniforms depend on seed and update number alone.
 
@@ -715,7 +525,8 @@ def reset_rollouts(policy, rows, update, tokenizer, s):
     uniforms = torch.rand(B, T, generator=rng)
     responses = rollout(policy, queries, prefixes, uniforms, tokenizer, s, s.temperature, stop_at_eos=s.masking == "sampled")
     if s.check_rollouts:
-        tool("rollout_check").check(policy, queries, prefixes, responses, uniforms, tokenizer, s)
+        from tools import rollout_check
+        rollout_check.check(policy, queries, prefixes, responses, uniforms, tokenizer, s)
     batch = pack(queries, responses, eos, s.device, width=T) | {"reset_len": reset_len.to(s.device)}
     batch["decoded"] = batch["response_len"] - batch["reset_len"]
     batch["has_eos"] = torch.tensor([eos in ids for ids in responses], device=s.device)
@@ -733,83 +544,6 @@ def sample(network, rows, s, tokenizer, temperature):
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Stages. Each is a visible loop over `training(...)`, which keeps what all of them need out of sight: learning rate,
 # metrics, checkpoints. Each returns what the next one should know before it starts.
-
-def training(stage, updates, lr, modules, s):
-    """Yields (update, optimizer, metrics) for each update still to do; what the loop body puts into `metrics` is logged.
-
-    AdamW with eps 1e-5, lr linear from `lr` to lr / updates. Randomness depends on seed and update number alone, so a
-    checkpoint is no more than trained weights, optimizer state and a number, and an interrupted stage goes on from it.
-    SIGTERM and SIGINT let the update end, save, and end the run with status 0. Without tools/ there are no checkpoints."""
-    if s.checkpoint_activations:
-        tool("memory").checkpoint_layers(modules)
-    params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, eps=1e-5)
-    folder, done = Path(s.run_dir) / stage, 0
-    checkpoint = tool("checkpoint", needed=False)
-    if checkpoint and (found := checkpoint.newest(folder / "checkpoint")):
-        refuse_if_changed(found / "state.json", s, stage)
-        done = checkpoint.load(found, params, optimizer)
-        print(f"{stage}: goes on after update {done}, from {found}")
-    log = folder / "metrics.jsonl"
-    is_first = world()[0] == 0                                        # of the processes: the one that writes
-    if is_first:
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if done else "")
-    bar = tqdm(range(done, updates), initial=done, total=updates, desc=f"{stage:4}", unit="update", disable=not is_first)
-    with checkpoint.requests_to_stop() if checkpoint else contextlib.nullcontext() as asked_to_stop:
-        for update in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - update / updates)
-            metrics, began = {"update": update + 1, "lr": group["lr"]}, time.perf_counter()
-            yield update, optimizer, metrics
-            metrics["seconds"] = time.perf_counter() - began
-            stopping = summed(torch.tensor(len(asked_to_stop or ()))).item() > 0
-            if is_first:
-                with log.open("a") as file:
-                    file.write(json.dumps(metrics) + "\n")
-            shown = [name for name in ("loss", "accuracy", "score", "kl", "eos_rate", "response_tokens") if name in metrics]
-            bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
-            if checkpoint and is_first and ((update + 1) % s.save_every == 0 or update + 1 == updates or stopping):
-                try:
-                    checkpoint.save(folder / "checkpoint", update + 1, params, optimizer, relevant(s, stage), s.keep)
-                except OSError as error:
-                    stop(f"{folder}/checkpoint: update {update + 1} cannot be saved ({error}); what was saved before is whole", 3)
-            if stopping and update + 1 < updates:
-                wait_for_all()
-                stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command goes on from there", 0)
-
-
-def step(optimizer, s, where, batch):
-    """One optimizer step -> the gradient's norm. Where that is not finite, so also where the loss was not, the run stops
-    before the weights move, and leaves what batch() gives, a dict of tensors, for a look. `where` is "STAGE update N"."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if world()[1] > 1:
-        for p in params:                                              # of a process without a share there is none
-            p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
-    norm = nn.utils.clip_grad_norm_(params, s.max_grad_norm or math.inf)
-    if not torch.isfinite(norm):
-        path, tensors = f"{s.run_dir}/{where.split()[0]}/bad_batch.safetensors", batch()
-        if world()[0] == 0:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, path)
-        wait_for_all()
-        bad = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
-        stop(f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}, and the last "
-             f"checkpoint beside it", 3)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
-
-def relevant(s, stage):
-    """The settings that a stage's result depends on."""
-    return {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.metadata["help"][1:].split("]")[0] in USES[stage]}
-
-
-def refuse_if_changed(path, s, stage):
-    """What was made with other settings (as JSON in `path`) is neither continued nor overwritten."""
-    old, new, folder = json.loads(path.read_text())["settings"], relevant(s, stage), f"{s.run_dir}/{stage}"
-    changed = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
-    if changed:
-        stop(f"{folder} was made with other settings ({'; '.join(changed)}): name another --run_dir, or delete {folder}")
 
 
 def train_sft(s):
@@ -1116,7 +850,8 @@ def run_stage(stage, s):
         if not (Path(s.run_dir) / needed / "result.json").exists():
             stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
     if stage == "eval":
-        return tool("evaluation").evaluate(s)
+        from tools import evaluation
+        return evaluation.evaluate(s)
     if stage == "ppo":
         s = dataclasses.replace(s, beta=0.0)
     if result.exists():
@@ -1146,6 +881,7 @@ def parse(argv):
 
 
 def main(argv=None):
+    from tools import preflight, report
     sys.path.append(os.getcwd())                                      # where a module:function may live
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()                       # one bar per stage is enough
@@ -1153,15 +889,9 @@ def main(argv=None):
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
     stages = [*STAGES, "eval"] if stage == "all" else [stage]
     with contextlib.ExitStack() as held:
-        if "LOCAL_RANK" in os.environ:                                # started by torchrun
-            if s.device.startswith("cuda"):
-                torch.cuda.set_device(s.device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if s.device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
-            held.callback(dist.destroy_process_group)
-        if world()[0] > 0:                                            # one process talks
-            sys.stdout = held.enter_context(open(os.devnull, "w"))
-        elif preflight := tool("preflight", needed=False):            # what is wrong is found before anything is trained
-            for one in runs:
+        join(s, held)                                                 # the other processes, if there are any
+        if world()[0] == 0:
+            for one in runs:                                          # what is wrong is found before anything is trained
                 preflight.check(stages, one, held)
         wait_for_all()
         held.enter_context(torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16",
@@ -1170,7 +900,7 @@ def main(argv=None):
             for name in stages:
                 run_stage(name, one)
     if stage in ("eval", "all") and os.environ.get("RANK", "0") == "0":
-        print([tool("report").write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])
+        print([report.write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])
 
 
 if __name__ == "__main__":

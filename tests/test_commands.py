@@ -114,24 +114,6 @@ def test_several_seeds_make_one_table(tmp_path):
     assert "seeds 7, 8" in done.stdout and (tmp_path / "seed_8" / "report.md").exists()
 
 
-def test_drpo_py_alone_still_trains_on_rows_of_ones_own(tmp_path):
-    shutil.copy(ROOT / "drpo.py", tmp_path)
-    (tmp_path / "mine.py").write_text(
-        "from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast\n"
-        "from tokenizers import Tokenizer, models, pre_tokenizers\n"
-        "def rows(): return [{'prompt': 'a b', 'reference': 'c d'}] * 20\n"
-        "def tokenizer():\n"
-        "    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate('[E] a b c d'.split())}, unk_token='a'))\n"
-        "    inner.pre_tokenizer = pre_tokenizers.Whitespace()\n"
-        "    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token='[E]')\n"
-        "def model(): return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1,\n"
-        "    num_attention_heads=2, intermediate_size=8, max_position_embeddings=64))\n")
-    done = python("drpo.py", "sft", "--dataset", "mine:rows", "--model", "mine:model", "--tokenizer", "mine:tokenizer",
-                  "--sft_steps", "2", "--run_dir", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "out" / "sft" / "model.safetensors").exists()
-
-
 def test_the_tiny_run_does_not_import_datasets():
     done = python("-c", "import sys, drpo; s = drpo.parse([])[1]; drpo.load_rows(s.dataset, 'reference', 0); "
                         "assert 'datasets' not in sys.modules")

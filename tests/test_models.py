@@ -887,7 +887,8 @@ def test_in_float64_no_micro_batch_changes_the_gradient_of_drpo(start, tmp_path,
     s = start(tmp_path, lora_r=lora_r, epochs=1, whiten_rewards=True)
     monkeypatch.setattr(drpo, "step", recorded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(drpo, "load_network", lambda *args, **kwargs: load_network(*args, **kwargs).double())
+    for module in ("drpo", "tools.models"):                           # the latter loads the reward model
+        monkeypatch.setattr(f"{module}.load_network", lambda *args, **kwargs: load_network(*args, **kwargs).double())
     torch.set_default_dtype(torch.float64)
     try:
         for micro_batch in (1, 2, 4, 8):
@@ -1023,7 +1024,8 @@ def test_dropout_stops_the_run(start, tmp_path, monkeypatch, capsys, other_check
             if isinstance(module, nn.Dropout):
                 module.p = 0.1
         return network
-    monkeypatch.setattr(drpo, "load_network", with_dropout)
+    for module in ("drpo", "tools.models"):                           # the latter loads the reward model
+        monkeypatch.setattr(f"{module}.load_network", with_dropout)
     if not other_checks:                                              # then the ratio alone has to find it
         monkeypatch.setattr(drpo, "check_first_update", lambda *_: None)
     stops(capsys, start(tmp_path), *([] if other_checks else ["drpo update 1", "dropout"]))

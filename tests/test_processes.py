@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import drpo
+from tools import running
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--sft_steps", "4", "--rm_steps", "4", "--updates", "3", "--sft_batch_size", "10", "--rm_batch_size", "10", "--dpo_batch_size", "10",
@@ -115,7 +116,7 @@ def test_shares_are_disjoint_and_whole(monkeypatch):
     parts = list(range(7))
     shares = []
     for rank in range(3):
-        monkeypatch.setattr(drpo, "world", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(running, "world", lambda rank=rank: (rank, 3))
         shares.append(drpo.share(parts))
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
 

@@ -97,7 +97,7 @@ def plan(shape, lora_r, micro_batch, query, response, dtype="bfloat16", checkpoi
     # At prefill also a layer's intermediates, 16 wide; the cache of the layer that grows; logits, softmax and its sums. In
     # backward the gradients in a layer's MLP, 8 wide, and buffers for logits. In the step AdamW's denominators
     part["rollout"] = standing + part["cache"] * (L + 1) // L + rows * (tokens * 16 * d * e + 4 * 4 * V)
-    backward = part["activations"] + micro_batch * tokens * 8 * d * e + (4 + 2 * e * autocast) * drpo.LOGITS_AT_ONCE
+    backward = part["activations"] + micro_batch * tokens * 8 * d * e + (4 + 4 * (dtype == "bfloat16")) * drpo.LOGITS_AT_ONCE
     part["update"] = standing + part["gradients"] + max(backward, part["gradients"])
     return part | {"peak": max(part["rollout"], part["update"])}
 

@@ -1,12 +1,75 @@
-"""Where rows come from: Hub datasets, folders and files, in every layout of TL;DR and HH data that is in use.
+"""Where rows come from: one's own functions, Hub datasets, folders and files, in every layout of TL;DR and HH data in use.
 
-Imports nothing of ours. `load` is all that drpo.py asks for; a layout is told by its columns, never by the name of a dataset.
+`load_rows` is all that drpo.py asks for; a layout is told by its columns, never by the name of a dataset.
 """
+import functools
+import importlib
+import inspect
 import logging
+import re
 from pathlib import Path
+
+from tools.running import stop
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 HELD_OUT = ("validation", "valid", "test", "valid1")
+
+
+def resolve(name):
+    """`module:function` -> the function; anything else -> None."""
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        return None
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        stop(f"{name}: {error}")
+    return found if callable(found) else stop(f"{name}: is not a function")
+
+
+def call(function, **offered):
+    """Call with those of the offered arguments that the function takes."""
+    wanted = inspect.signature(function).parameters
+    return function(**{name: value for name, value in offered.items() if name in wanted})
+
+
+@functools.lru_cache
+def load_rows(source, kind, seed):
+    """-> (training rows, held-out rows): dicts with texts prompt and reference (kind "reference"), or prompt, chosen and
+    rejected ("pairs"). Of pairs asked for as references, the chosen response is the reference.
+
+    A module:function is called with split="train" and "validation" and the seed; tools/data.py reads everything else. Rows
+    that teach nothing (an empty text, chosen equal to rejected) are dropped and counted. Exits with 2 on any other kind."""
+    if function := resolve(source):
+        splits = [call(function, split=split, seed=seed) for split in ("train", "validation")]
+    else:
+        try:
+            splits = load(source)
+        except ValueError as error:
+            stop(error)
+    fields, result = ("prompt", "reference") if kind == "reference" else ("prompt", "chosen", "rejected"), []
+    for part, rows in zip(("training", "held-out"), splits):
+        kept = []
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                stop(f"{source}: {part} row {number} must be a dict, not {type(row).__name__}")
+            row = {"reference": row["chosen"], **row} if "chosen" in row else row
+            for name in fields:
+                if not isinstance(row.get(name), str):
+                    stop(f"{source}: {part} row {number}: {name} must be text, not {type(row.get(name)).__name__} "
+                         f"(the row has {', '.join(row)})")
+                if re.search("[\ud800-\udfff]", row[name]):
+                    stop(f"{source}: {part} row {number}: {name} has half of a surrogate pair in it, which is not text")
+            texts = {name: row[name].strip() for name in fields}
+            if all(texts.values()) and len(set(texts.values())) == len(fields):
+                # "TL;DR:" without a space after it: the response brings that. `batch` is the labellers', where it is told
+                kept.append({**texts, "prompt": row["prompt"].rstrip(), "batch": row.get("batch")})
+        if len(kept) < len(rows):
+            print(f"{source}: {len(rows) - len(kept)} of {len(rows)} {part} rows dropped (empty, equal, or no shared prompt)")
+        if not kept:
+            stop(f"{source}: no usable {part} rows among {len(rows)}; both training and held-out rows are needed")
+        result.append(kept)
+    return result
 
 
 def load(source):

@@ -9,7 +9,9 @@ import torch
 from tqdm import tqdm
 
 import drpo
+from tools.data import resolve
 from tools.judge import api_judge
+from tools.running import USES
 
 
 def load_judge(s, backbone=None, head=None, tokenizer=None):
@@ -42,7 +44,7 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
         except ValueError as error:
             drpo.stop(error)
         return by_api
-    return drpo.resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR, module:function or api:MODEL")
+    return resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR, module:function or api:MODEL")
 
 
 def yardsticks(s):
@@ -86,7 +88,7 @@ def evaluate(s):
     """Every finished method of the run, and the networks named by --others, on the same held-out prompts -> samples.jsonl, a
     row per prompt, and eval.json, what is known of the run; tools/report.py makes tables, intervals and figures of them."""
     run = Path(s.run_dir)
-    results = {stage: json.loads(path.read_text()) for stage in drpo.USES if (path := run / stage / "result.json").exists()}
+    results = {stage: json.loads(path.read_text()) for stage in USES if (path := run / stage / "result.json").exists()}
     rows, by = drpo.load_rows(s.dataset, "reference", s.seed)[1][:s.eval_samples], yardsticks(s)
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     folders = {name: f"{run}/{name}" for name in ("sft", "dpo", "ppo", "drpo") if name in results}

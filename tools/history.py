@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import drpo
-from tools import checkpoint, evaluation, report, show
+from tools import checkpoint, data, evaluation, report, show
 
 
 def policy_at(path, s):
@@ -84,7 +84,7 @@ def main(argv=None):
     options, given = parser.parse_known_args(argv)
     sys.path.append(str(Path.cwd()))                                  # where a module:function may live
     s = drpo.parse(["eval", *show.recorded(options.run, given), *given])[1]
-    gold = drpo.resolve(options.gold) if options.gold else None
+    gold = data.resolve(options.gold) if options.gold else None
     if options.gold and not gold:
         drpo.stop(f"--gold {options.gold}: must be module:function")
     with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False):

@@ -3,7 +3,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import drpo
+from tools.running import stop
 
 
 def checkpoint_layers(modules):
@@ -13,7 +13,7 @@ def checkpoint_layers(modules):
     transformers' own switch asks for train mode, which drops out and gives up the cache: here networks stay in eval mode."""
     layers = [layer for layer in modules.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
-        drpo.stop("--checkpoint_activations: this model has no layers that transformers knows how to checkpoint")
+        stop("--checkpoint_activations: this model has no layers that transformers knows how to checkpoint")
     for layer in layers:
         layer.forward = computed_twice(layer.forward)
 

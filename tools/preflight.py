@@ -9,6 +9,9 @@ from transformers import AutoConfig
 
 import drpo
 from tools import checkpoint, evaluation
+from tools.data import resolve
+from tools.models import load
+from tools.running import USES
 
 
 def check(stages, s, held):
@@ -48,7 +51,7 @@ def check(stages, s, held):
 
 def start_over(stages, run):
     """Deletes what these stages, and the stages that build on them, have left in the run folder, if the person agrees."""
-    parts = {stage: set(parts) for stage, parts in drpo.USES.items()}
+    parts = {stage: set(parts) for stage, parts in USES.items()}
     doomed = [run / stage for stage in parts if any(one == stage or parts[one] < parts[stage] for one in stages if one in parts)]
     doomed += [run / name for name in ("samples.jsonl", "eval.json", "report.json", "report.md", "curves.png", "frontier.png",
                                     "history.jsonl", "overoptimisation.png")]
@@ -62,7 +65,7 @@ def start_over(stages, run):
 
 
 def is_hub_name(name):
-    return bool(name) and not drpo.resolve(name) and not Path(name).exists() and not name.startswith((".", "/"))
+    return bool(name) and not resolve(name) and not Path(name).exists() and not name.startswith((".", "/"))
 
 
 def do_without_an_unreachable_hub():
@@ -77,6 +80,6 @@ def do_without_an_unreachable_hub():
 
 def read_config(s):
     """The model's config, without its weights; that of a module:function or a .gguf file comes with them, or not at all."""
-    if drpo.resolve(s.model) or s.model.endswith(".gguf"):
+    if resolve(s.model) or s.model.endswith(".gguf"):
         return None
-    return drpo.load(AutoConfig, s.model, s)
+    return load(AutoConfig, s.model, s)
