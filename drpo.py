@@ -8,11 +8,14 @@ finishes the response, and only what it wrote itself is learned from. `ppo` here
     python drpo.py all --preset tldr     the paper's TL;DR run: Pythia-2.8B, LoRA, one GPU
     python drpo.py STAGE [--preset P] [--run_dir DIR] [settings]      STAGE = sft | rm | drpo | ppo | dpo | eval | all
 
+What the method does not depend on is in tools/: `running` (the loop around a stage's updates, several processes), `models` (loading
+and saving), `data` (where rows come from), and whatever measures, draws and checks.
+
 Algorithm 1 of the paper, and where each line is:
 
     input   preference pairs D_R, unlabelled responses D_TR, policy pi_SFT                 load_rows, train_sft
     1       fit the reward r on D_R by maximum likelihood, Eq. (1)                         train_rm, bradley_terry_loss
-    2       pi_1 = pi_SFT;  for t = 1..T:                                                  train_drpo, twin; lines 3 - 6: drpo_update
+    2       pi_1 = pi_SFT;  for t = 1..T:                                                  train_drpo, twin; 3 - 6: drpo_update
     3         draw a response from D_TR and a step h of it                                 reset_rollouts, sample_reset_lengths
     4         reset to s_h (prompt + prefix), roll out pi_t to the end                     reset_rollouts, rollout
     5         store the steps h' >= h only: state, action, r, ln(pi_t/pi_SFT)              token_masks, penalised_rewards
@@ -43,6 +46,7 @@ Differences from the paper (P) and from the official code (C, github.com/Cornell
     7  every draw depends on seed and update number alone, the resets too; C's resets are unseeded
     8  the critic's head is trained (frozen in C, under peft); schedules are linear to 0 as in P (cosine in C)
 """
+
 import contextlib
 import copy
 import dataclasses
@@ -69,9 +73,9 @@ from tools.data import load_rows
 from tools.models import body_and_head, load_network, load_reward, load_tokenizer, save_network, scalar_head
 from tools.running import exchanged, join, refuse_if_changed, relevant, share, step, stop, summed, training, wait_for_all, world
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Settings. The defaults are the paper's TL;DR run (Table 5); a preset fills in what the command line does not give.
+
 
 def setting(part, default, help):
     """A field of Settings. `part` says which stages it bears on (USES in tools/running.py)."""
@@ -95,12 +99,19 @@ class Settings:
     seed: int = setting("data", 0, "of everything random: data, weights, order, resets, sampling")
     model: str = setting("data", "EleutherAI/pythia-2.8b-deduped", "Hub name, folder, .gguf file or module:function")
     tokenizer: str = setting("data", "", "the same, where it is not the model's own")
-    dataset: str = setting("data", "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144",
-                           "prompts and references: Hub name[:config], file, folder or module:function")
-    preference_dataset: str = setting("data", "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144",
-                                      "preference pairs, from the same kinds of places")
-    dtype: Literal["bfloat16", "float32"] = setting("data", "bfloat16", "of the matrix products and of frozen networks; "
-                                                    "losses, trained weights and optimizer stay float32")
+    dataset: str = setting(
+        "data",
+        "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144",
+        "prompts and references: Hub name[:config], file, folder or module:function",
+    )
+    preference_dataset: str = setting(
+        "data",
+        "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144",
+        "preference pairs, from the same kinds of places",
+    )
+    dtype: Literal["bfloat16", "float32"] = setting(
+        "data", "bfloat16", "of matrix products and frozen networks; all else is float32"
+    )
     query_length: int = setting("data", 512, "tokens of a prompt; a longer post is cut at its last newlines")
     response_length: int = setting("data", 53, "tokens of a response with its EOS, in SFT and rollouts")
     preference_length: int = setting("data", 169, "tokens of a response with its EOS in a preference pair")
@@ -121,9 +132,10 @@ class Settings:
     batch_size: int = setting("rl", 512, "rollouts per update of drpo and ppo")
     lr: float = setting("rl", 3e-6, "learning rate of policy and critic, linear to 0; too high and both collapse at once")
     beta: float = setting("rl", 1.0, "probability that a rollout starts from a reset; 0 is PPO, the paper runs 1")
-    reset_to: Literal["reference", "chosen"] = setting("rl", "reference", "reset along the prompt's own SFT reference, or "
-                                                       "along the preferred response of a preference pair")
-    reset_include_prompt: bool = setting("rl", False, "prefix lengths from 0, not 1 (Alg. 3): the first token learns at beta = 1")
+    reset_to: Literal["reference", "chosen"] = setting(
+        "rl", "reference", "along the SFT reference, or a pair's chosen response"
+    )
+    reset_include_prompt: bool = setting("rl", False, "prefixes of 0..n tokens, not 1..n: Alg. 3; see Differences, 2")
     masking: Literal["sampled", "official"] = setting("rl", "sampled", "what losses and statistics see; see Differences, 1")
     temperature: float = setting("rl", 0.7, "of rollouts and of every log-probability; below 1 it sharpens the policy")
     epochs: int = setting("rl", 4, "passes over each batch of rollouts; more is sample-efficient until approx_kl grows")
@@ -142,8 +154,7 @@ class Settings:
 
     eval_samples: int = setting("eval", 600, "held-out prompts on which the methods are compared")
     eval_temperature: float = setting("eval", 0.01, "sampling temperature of the evaluation; 0.01 is all but greedy")
-    judge: str = setting("eval", "rm", "who says which summary is better: rm (not independent!), rm:RUN_DIR (that of "
-                        "another run), module:function or api:MODEL")
+    judge: str = setting("eval", "rm", "rm (the run's own: not independent!), rm:RUN_DIR, module:function or api:MODEL")
     both_orders: bool = setting("eval", False, "an API judge sees each pair twice, either text first; disagreement is a tie")
     judge_prompt: str = setting("eval", "", "file with another prompt for the API judge, such as the paper's own")
     others: list[str] = setting("eval", [], "more networks to compare: folders or Hub names, with the run's tokenizer")
@@ -165,10 +176,11 @@ class Settings:
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         try:
             torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:               # the latter: a torch without CUDA
+        except (RuntimeError, AssertionError) as error:  # the latter: a torch without CUDA
             stop(f"--device {self.device}: {error}")
 
 
+# fmt: off
 PRESETS = {
     "tldr": {},
     "hh": dict(model="EleutherAI/pythia-1b-deduped", dataset="Anthropic/hh-rlhf", preference_dataset="Anthropic/hh-rlhf",
@@ -182,9 +194,10 @@ PRESETS = {
                  whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48,
                  eval_samples=500, eval_temperature=0.7),
 }
-REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000     # rows that the reward bias and the accuracy are measured on, at most
-PHASES = ("rollout", "score", "update")              # of one update of drpo and ppo, timed apart
-LOGITS_AT_ONCE = 2 ** 23                             # how many logits exist at a time: 32 MB of float32
+# fmt: on
+REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000  # rows that the reward bias and the accuracy are measured on, at most
+PHASES = ("rollout", "score", "update")  # of one update of drpo and ppo, timed apart
+LOGITS_AT_ONCE = 2**23  # how many logits exist at a time: 32 MB of float32
 
 
 def generator(seed, *key):
@@ -194,7 +207,8 @@ def generator(seed, *key):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Data. Whatever the source, `load_rows` makes rows {prompt, reference} for SFT and RL, and {prompt, chosen, rejected} for pairs.
+# 2. Data. Whatever the source, `load_rows` gives rows {prompt, reference} for SFT and RL, {prompt, chosen, rejected} for pairs.
+
 
 def encode_query(prompt, tokenizer, length):
     """-> at most `length` token ids. A TL;DR post that is too long loses its last line, or where there is one line only its
@@ -203,8 +217,8 @@ def encode_query(prompt, tokenizer, length):
     head, mark, tail = prompt.rpartition("\n\nTL;DR:")
     before, label, post = head.partition("Article:" if head.startswith("Article:") else "\n\nPOST:")
     while len(ids) > length and mark and label and post:
-        beyond = max(1, (len(ids) - length) // 4)                     # a character is at most four tokens, its bytes
-        post = post[:post.rindex("\n")] if "\n" in post else post[:-beyond]
+        beyond = max(1, (len(ids) - length) // 4)  # a character is at most four tokens, its bytes
+        post = post[: post.rindex("\n")] if "\n" in post else post[:-beyond]
         ids = tokenizer(before + label + post + mark + tail)["input_ids"]
     return ids[-length:]
 
@@ -222,10 +236,12 @@ def pack(queries, responses, fill, device, width=None):
     Returns {query (B, Q) long, query_mask (B, Q) bool, response (B, T) long, response_len (B,) long}; T = `width` if given."""
     Q, T = max(map(len, queries)), max(map(len, responses)) if width is None else width
     query_len, response_len = [torch.tensor([len(ids) for ids in rows], device=device) for rows in (queries, responses)]
-    return {"query": torch.tensor([[fill] * (Q - len(ids)) + ids for ids in queries], device=device),
-            "query_mask": torch.arange(Q, device=device) >= Q - query_len[:, None],
-            "response": torch.tensor([ids + [fill] * (T - len(ids)) for ids in responses], dtype=torch.long, device=device),
-            "response_len": response_len}
+    return {
+        "query": torch.tensor([[fill] * (Q - len(ids)) + ids for ids in queries], device=device),
+        "query_mask": torch.arange(Q, device=device) >= Q - query_len[:, None],
+        "response": torch.tensor([ids + [fill] * (T - len(ids)) for ids in responses], dtype=torch.long, device=device),
+        "response_len": response_len,
+    }
 
 
 def encode(rows, fields, s, tokenizer, length):
@@ -242,21 +258,27 @@ def response_mask(batch):
 
 def micro_batches(batch, s):
     """Yields (row indices, batch of those rows), this process's, of at most `micro_batch` rows: rows of like length together,
-    the longest first, without the columns of padding that none of them needs (masking "official" sees those after the response)."""
+    the longest first, without the columns of padding that none of them needs ("official" masking sees what follows the response)."""
     order = (-batch["query_mask"].sum(1) - batch["response_len"]).argsort(stable=True)
     for rows in share(order.split(s.micro_batch)):
         part = {name: x[rows] for name, x in batch.items()}
         start = int(part["query_mask"].any(0).int().argmax())
         T = int(part["response_len"].max()) if s.masking == "sampled" else None
-        yield rows, {**part, "query": part["query"][:, start:], "query_mask": part["query_mask"][:, start:],
-                     "response": part["response"][:, :T]}
+        cut = {
+            "query": part["query"][:, start:],
+            "query_mask": part["query_mask"][:, start:],
+            "response": part["response"][:, :T],
+        }
+        yield rows, part | cut
 
 
 def draw(rows, size, update, seed, stream):
     """The `update`-th batch of an endless stream of epochs, each in a fresh order that depends on the seed alone."""
     at = range(update * size, (update + 1) * size)
-    orders = {epoch: torch.randperm(len(rows), generator=generator(seed, stream, epoch)).tolist()
-              for epoch in {i // len(rows) for i in at}}
+    orders = {
+        epoch: torch.randperm(len(rows), generator=generator(seed, stream, epoch)).tolist()
+        for epoch in {i // len(rows) for i in at}
+    }
     return [rows[orders[i // len(rows)][i % len(rows)]] for i in at]
 
 
@@ -271,7 +293,8 @@ def add_lora(network, r, seed=0):
     """LoRA on the projections that peft chooses for this architecture (query_key_value in Pythia), as in the official code.
     B starts at 0, so a fresh adapter changes nothing; peft keeps adapters in float32 whatever the network is in."""
     from peft import LoraConfig, get_peft_model
-    torch.manual_seed(seed)                                           # A is drawn from the global generator
+
+    torch.manual_seed(seed)  # A is drawn from the global generator
     return get_peft_model(network, LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, bias="none")).eval()
 
 
@@ -286,6 +309,7 @@ def twin(network, lora_r, seed=0):
     def frozen():
         with trained.disable_adapter():
             yield trained
+
     return trained, frozen
 
 
@@ -293,8 +317,12 @@ def inputs(batch):
     """Arguments of a forward pass over query and response. Padding after the response needs no mask: no token before it can
     see it, and what is computed on it is never used. Padding before the query does."""
     mask = torch.cat([batch["query_mask"], torch.ones_like(batch["response"], dtype=torch.bool)], 1)
-    return {"input_ids": torch.cat([batch["query"], batch["response"]], 1), "attention_mask": mask.long(),
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": False}
+    return {
+        "input_ids": torch.cat([batch["query"], batch["response"]], 1),
+        "attention_mask": mask.long(),
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -320,7 +348,7 @@ class TokenLogprobs(torch.autograd.Function):
                 logits.add_(bias / temperature)
             of_token, top = logits.gather(1, tokens[rows, None])[:, 0], logits.amax(1)
             pi = torch.softmax(logits, 1, out=logits)
-            logprobs[rows] = of_token - top + pi.amax(1).log()        # the largest pi is exp(0) / sum exp(logits - top)
+            logprobs[rows] = of_token - top + pi.amax(1).log()  # the largest pi is exp(0) / sum exp(logits - top)
             slope[rows] = (W[tokens[rows]] - pi.to(dtype) @ W) / temperature
             if bias is not None:
                 entropy[rows] = (bias[tokens[rows]] - pi @ bias.float()) / temperature
@@ -334,7 +362,7 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         slope, states, weight, bias, tokens = ctx.saved_tensors
         grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:                                   # a head that is trained: pi once more
+        if ctx.needs_input_grad[1]:  # a head that is trained: pi once more
             h, grad_weight, grad_bias = states.to(ctx.dtype), torch.zeros_like(weight), torch.zeros_like(weight[:, 0])
             for rows in [slice(i, i + ctx.size) for i in range(0, len(states), ctx.size)]:
                 logits = F.linear(h[rows], weight.to(ctx.dtype)).float() + (0.0 if bias is None else bias)
@@ -362,7 +390,7 @@ def response_logprobs(network, batch, temperature=1.0, mask=None):
 def response_states(body, batch):
     """-> hidden states (B, T+1, d) float32: [:, t] is the state before response token t, [:, response_len] the one at EOS."""
     T = batch["response"].shape[1]
-    return body(**inputs(batch)).last_hidden_state[:, -T - 1:].float()
+    return body(**inputs(batch)).last_hidden_state[:, -T - 1 :].float()
 
 
 def apply_head(head, states):
@@ -379,6 +407,7 @@ def end_scores(backbone, head, batch):
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. The mathematics. Pure functions. Per-token tensors are (B, T) float32 over response positions; `mask` (B, T) is 1 on the
 # tokens that the policy itself sampled, up to and with EOS. What lies outside the mask, even NaN, never matters.
+
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
     """Eq. (1) under Bradley-Terry-Luce: mean of -log sigma(r(winner) - r(loser)). (B,), (B,) -> scalar."""
@@ -415,7 +444,7 @@ def penalised_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """r_t = -kl_coef * ln(pi(a_t|s_t) / pi_SFT(a_t|s_t)), plus the score at the last masked token. scores (B,) -> (B, T)."""
     mask = mask.bool()
     penalty = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
-    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)            # one masked token from here on, this one
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # one masked token from here on, this one
     return penalty + torch.where(is_last, scores[:, None], 0.0)
 
 
@@ -454,8 +483,10 @@ def ppo_value_loss(values, old_values, returns, mask, cliprange_value):
     """0.5 mean max((V - R)^2, (clip(V, V_old +- eps) - R)^2), official code drpo.py:866-874. (B, T) -> (loss, clipfrac)."""
     clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     plain_error, clipped_error = [torch.where(mask.bool(), v - returns, 0.0) ** 2 for v in (values, clipped)]
-    return (0.5 * masked_mean(torch.max(plain_error, clipped_error), mask),
-            masked_mean((clipped_error > plain_error).float(), mask))
+    return (
+        0.5 * masked_mean(torch.max(plain_error, clipped_error), mask),
+        masked_mean((clipped_error > plain_error).float(), mask),
+    )
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
@@ -466,6 +497,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Rollouts with dataset resets.
+
 
 def token_masks(reset_len, response_len, T, masking="sampled"):
     """The one place where masks are made. -> three (B, T) bool: the sampled tokens up to EOS; what the policy loss sees; what
@@ -488,20 +520,29 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     T, responses = uniforms.shape[1], [list(prefix) for prefix in prefixes]
     order = sorted(range(len(queries)), key=lambda row: -len(prefixes[row]))
     for first in share(range(0, len(order), 4 * s.micro_batch)):
-        rows = order[first:first + 4 * s.micro_batch]
+        rows = order[first : first + 4 * s.micro_batch]
         start = pack([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
         tokens, mask, cache = start["query"], start["query_mask"], None
         while rows:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
-            out = policy(input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache,
-                         use_cache=True, logits_to_keep=1)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            out = policy(
+                input_ids=tokens,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
             cdf = (out.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
             u = uniforms[rows, [len(responses[row]) for row in rows]].to(cdf)[:, None]
             tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
             for row, token in zip(rows, tokens[:, 0].tolist()):
                 responses[row].append(token)
-            left = [i for i, row in enumerate(rows)
-                    if len(responses[row]) < T and not (stop_at_eos and responses[row][-1] == tokenizer.eos_token_id)]
+            left = [
+                i
+                for i, row in enumerate(rows)
+                if len(responses[row]) < T and not (stop_at_eos and responses[row][-1] == tokenizer.eos_token_id)
+            ]
             cache, mask = out.past_key_values, F.pad(mask, (0, 1), value=True)
             if len(left) < len(rows):
                 keep = torch.tensor(left, dtype=torch.long, device=mask.device)
@@ -518,14 +559,16 @@ def reset_rollouts(policy, rows, update, tokenizer, s):
     B, T, eos, rng = s.batch_size, s.response_length, tokenizer.eos_token_id, generator(s.seed, "rollout", update)
     episodes = draw(rows, B, update, s.seed, "rl")
     queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in episodes]
-    references = [[token for token in encode_response(row["reference"], tokenizer, T) if token != eos][:T - 1]
-                  for row in episodes]
+    references = [
+        [token for token in encode_response(row["reference"], tokenizer, T) if token != eos][: T - 1] for row in episodes
+    ]
     reset_len = sample_reset_lengths(torch.tensor([len(ids) for ids in references]), s.beta, rng, s.reset_include_prompt)
     prefixes = [ids[:length] for ids, length in zip(references, reset_len.tolist())]
     uniforms = torch.rand(B, T, generator=rng)
     responses = rollout(policy, queries, prefixes, uniforms, tokenizer, s, s.temperature, stop_at_eos=s.masking == "sampled")
     if s.check_rollouts:
         from tools import rollout_check
+
         rollout_check.check(policy, queries, prefixes, responses, uniforms, tokenizer, s)
     batch = pack(queries, responses, eos, s.device, width=T) | {"reset_len": reset_len.to(s.device)}
     batch["decoded"] = batch["response_len"] - batch["reset_len"]
@@ -555,14 +598,16 @@ def train_sft(s):
     if len(tokenizer) > vocabulary:
         stop(f"--tokenizer has {len(tokenizer)} tokens, but --model {s.model} embeds only {vocabulary}")
     if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < vocabulary:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})          # apart from EOS, in a spare row of the embedding
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
     network.config.pad_token_id = tokenizer.pad_token_id
     network.config.eos_token_id = network.generation_config.eos_token_id = tokenizer.eos_token_id
     network = add_lora(network, s.supervised_lora_r, s.seed) if s.supervised_lora_r else network
     some = rows[:2000]
     cut = sum(len(encode_response(row["reference"], tokenizer, s.response_length + 1)) > s.response_length for row in some)
-    print(f"sft: {len(rows)} rows, {len(held_out)} held out; {cut} of the first {len(some)} references are cut at "
-          f"{s.response_length} tokens; lr linear from {s.sft_lr:g} to 0")
+    print(
+        f"sft: {len(rows)} rows, {len(held_out)} held out; {cut} of the first {len(some)} references are cut at "
+        f"{s.response_length} tokens; lr linear from {s.sft_lr:g} to 0"
+    )
 
     def token_losses(batch):
         """-> the sum of the tokens' losses, and their number."""
@@ -577,14 +622,14 @@ def train_sft(s):
         tokens = batch["query_mask"].sum() + batch["response_len"].sum() - len(batch["query"])  # a row's first has no target
         metrics["loss"] = 0.0
         for _, part in micro_batches(batch, s):
-            loss = token_losses(part)[0] / tokens                     # summed over micro-batches: the mean over all tokens
+            loss = token_losses(part)[0] / tokens  # summed over micro-batches: the mean over all tokens
             loss.backward()
             metrics["loss"] += loss.item()
         metrics["loss"] = summed(torch.tensor(metrics["loss"])).item()
         metrics["grad_norm"] = step(optimizer, s, f"sft update {update + 1}", lambda: batch)
     save_network(network, tokenizer, Path(s.run_dir) / "sft")
 
-    held_out = held_out[:s.eval_samples]
+    held_out = held_out[: s.eval_samples]
     with torch.no_grad():
         batch = encode(held_out, ["reference"], s, tokenizer, s.response_length)
         sums = [[x.item() for x in token_losses(part)] for _, part in micro_batches(batch, s)]
@@ -597,8 +642,8 @@ def train_sft(s):
 
 def pair_update(pairs, s, optimizer, loss_of, tokenizer, where):
     """One step on the mean over pairs of loss_of(pairs) -> (loss, margins), in micro-batches. -> metrics."""
-    size, loss, right = max(1, s.micro_batch // 2), 0.0, 0            # a pair is two rows
-    for part in share([pairs[i:i + size] for i in range(0, len(pairs), size)]):
+    size, loss, right = max(1, s.micro_batch // 2), 0.0, 0  # a pair is two rows
+    for part in share([pairs[i : i + size] for i in range(0, len(pairs), size)]):
         part_loss, margins = loss_of(part)
         (part_loss * len(part) / len(pairs)).backward()
         loss, right = loss + part_loss.item() * len(part) / len(pairs), right + (margins > 0).sum().item()
@@ -614,7 +659,7 @@ def train_rm(s):
     model = load_network(f"{s.run_dir}/sft", s, AutoModelForSequenceClassification, not s.supervised_lora_r, num_labels=1)
     d = model.score.in_features
     head = scalar_head(torch.randn(1, d, generator=generator(s.seed, "rm head")).to(s.device) / math.sqrt(d + 1))
-    head.bias.requires_grad_(False)                                   # the loss sees differences only
+    head.bias.requires_grad_(False)  # the loss sees differences only
     backbone = add_lora(model.base_model, s.supervised_lora_r, s.seed) if s.supervised_lora_r else model.base_model
 
     def pair_loss(pairs):
@@ -629,23 +674,25 @@ def train_rm(s):
 
     held_out, by_batch = held_out[:HELD_OUT_PAIRS], {}
     with torch.no_grad():
-        margins = torch.cat([pair_loss(held_out[i:i + s.micro_batch])[1] for i in range(0, len(held_out), s.micro_batch)])
+        margins = torch.cat([pair_loss(held_out[i : i + s.micro_batch])[1] for i in range(0, len(held_out), s.micro_batch)])
         references = load_rows(s.dataset, "reference", s.seed)[0][:REFERENCES_FOR_BIAS]
         scores = reference_scores(backbone, head, references, s, tokenizer)
-    for right, row in zip((margins > 0).tolist(), held_out):          # N+ detail 16: accuracy differs by labelling batch
+    for right, row in zip((margins > 0).tolist(), held_out):  # N+ detail 16: accuracy differs by labelling batch
         count = by_batch.setdefault(row["batch"] or "all", {"right": 0, "pairs": 0})
         count["right"], count["pairs"] = count["right"] + right, count["pairs"] + 1
     accuracy = (margins > 0).double().mean().item()
     if s.supervised_lora_r:
         backbone.merge_and_unload()
     model.score.weight.data.copy_(head.weight)
-    model.config.reward_bias = scores.mean().item()                   # N+ detail 15: references score 0 on average
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:              # transformers' own classifier reads before the padding
+    model.config.reward_bias = scores.mean().item()  # N+ detail 15: references score 0 on average
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:  # transformers' own classifier reads before the padding
         model.config.pad_token_id = None
     save_network(model, tokenizer, Path(s.run_dir) / "rm")
     error, spread = math.sqrt(accuracy * (1 - accuracy) / len(held_out)), scores.std(correction=0).item()
-    print(f"rm: accuracy {accuracy:.3f} +- {1.96 * error:.3f} (95 %) on {len(held_out)} held-out pairs; references scored "
-          f"{scores.mean():.2f} with spread {spread:.2f}, and from here on 0 on average")
+    print(
+        f"rm: accuracy {accuracy:.3f} +- {1.96 * error:.3f} (95 %) on {len(held_out)} held-out pairs; references scored "
+        f"{scores.mean():.2f} with spread {spread:.2f}, and from here on 0 on average"
+    )
     return {"accuracy": accuracy, "accuracy_by_batch": by_batch, "reference_score_std": spread}
 
 
@@ -675,10 +722,11 @@ def train_drpo(s, stage="drpo"):
     tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
     policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r, s.seed)
     backbone, reward_head = load_reward(f"{s.run_dir}/rm", s, full=not s.lora_r)
-    critic, reward = twin(backbone, s.lora_r, s.seed)                 # the critic starts as the reward model, head and all
+    critic, reward = twin(backbone, s.lora_r, s.seed)  # the critic starts as the reward model, head and all
     value_head = copy.deepcopy(reward_head).requires_grad_(True)
-    roles = SimpleNamespace(policy=policy, reference=reference, critic=critic, value_head=value_head, reward=reward,
-                            reward_head=reward_head)
+    roles = SimpleNamespace(
+        policy=policy, reference=reference, critic=critic, value_head=value_head, reward=reward, reward_head=reward_head
+    )
     check_references(roles, references, tokenizer, s)
 
     modules = nn.ModuleDict({"policy": policy, "critic": critic, "value_head": value_head})
@@ -690,7 +738,7 @@ def train_drpo(s, stage="drpo"):
 def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     """Lines 3 to 6 of Algorithm 1: one batch of rollouts from resets, and the PPO steps on it -> metrics, all floats."""
     policy, critic, value_head, B, T = roles.policy, roles.critic, roles.value_head, s.batch_size, s.response_length
-    tolerance = 1e-4 if s.dtype == "float32" else 0.1                 # nats that rounding may cost, and a bug exceeds
+    tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats that rounding may cost, and a bug exceeds
     laps = [lap(s)]
     # Lines 3 and 4: reset to the prompt and, with probability beta, a prefix of its own reference; roll out
     batch = reset_rollouts(policy, rows, update, tokenizer, s)
@@ -716,7 +764,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
             check_first_update(log_ratios, reset_len, tolerance, s)
         scores = torch.where(batch["has_eos"], scores, s.missing_eos_score)
         rewards = penalised_rewards(scores, logprobs, ref_logprobs, sampled, s.kl_coef)
-        if s.masking == "official":                               # the KL reward also outside of what was sampled
+        if s.masking == "official":  # the KL reward also outside of what was sampled
             rewards += penalised_rewards(0 * scores, logprobs, ref_logprobs, ~sampled, s.kl_coef)
         whitened = masked_whiten(rewards, in_rest, shift_mean=False) if s.whiten_rewards else rewards
         raw_advantages, returns = gae(whitened, values, in_rest, s.gamma, s.lam)
@@ -724,6 +772,9 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     laps.append(lap(s))
 
     # Line 6: PPO, `epochs` steps on the whole batch
+    seen = batch | dict(
+        logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores, rewards=rewards, advantages=advantages
+    )
     new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
     for epoch in range(s.epochs):
         for chunk, part in micro_batches(batch, s):
@@ -740,11 +791,12 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         summed(new_logprobs[epoch]), summed(new_values[epoch])
         drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
         if epoch == 0 and drift > tolerance:
-            stop(f"{where}: before any step the policy differs from the one that sampled (ln ratio up to {drift:.1e}, "
-                 f"should be 0): look for dropout, padding, masks, temperature", 3)
-        grad_norm = step(optimizer, s, where, lambda: batch | {
-            "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores, "rewards": rewards,
-            "advantages": advantages})
+            stop(
+                f"{where}: before any step the policy differs from the one that sampled (ln ratio up to {drift:.1e}, "
+                f"should be 0): look for dropout, padding, masks, temperature",
+                3,
+            )
+        grad_norm = step(optimizer, s, where, lambda: seen)
     laps.append(lap(s))
 
     mask, rest = [x.expand(s.epochs, B, T) for x in (in_policy_loss, in_rest)]  # figures are means over the epochs
@@ -753,26 +805,39 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     drift = log_ratio(new_logprobs, logprobs, mask)
     seconds = {phase: end - start for phase, (start, _), (end, _) in zip(PHASES, laps, laps[1:])}
     figures = {
-        "score": scores.mean(), "kl": log_ratios.sum(1).mean(), "non_score_reward": rewards.sum(1).mean() - scores.mean(),
-        "entropy": masked_mean(entropy, sampled), "loss": pg_loss + s.vf_coef * vf_loss, "pg_loss": pg_loss,
-        "vf_loss": vf_loss, "clipfrac": clipfrac, "vf_clipfrac": vf_clipfrac,
-        "ratio": drift.exp()[mask].mean(), "ratio_var": drift.exp()[mask].var(),
-        "approx_kl": -drift[mask].mean(), "approx_kl3": (drift.exp() - 1 - drift)[mask].mean(),  # k1 and k3
+        "score": scores.mean(),
+        "kl": log_ratios.sum(1).mean(),
+        "non_score_reward": rewards.sum(1).mean() - scores.mean(),
+        "entropy": masked_mean(entropy, sampled),
+        "loss": pg_loss + s.vf_coef * vf_loss,
+        "pg_loss": pg_loss,
+        "vf_loss": vf_loss,
+        "clipfrac": clipfrac,
+        "vf_clipfrac": vf_clipfrac,
+        "ratio": drift.exp()[mask].mean(),
+        "ratio_var": drift.exp()[mask].var(),
+        "approx_kl": -drift[mask].mean(),
+        "approx_kl3": (drift.exp() - 1 - drift)[mask].mean(),  # k1 and k3
         "explained_variance": 1 - (returns - values)[in_rest].var() / returns[in_rest].var(),
-        "advantage_mean": raw_advantages[in_rest].mean(), "advantage_std": raw_advantages[in_rest].std(),
-        "eos_rate": batch["has_eos"].float().mean(), "response_tokens": lengths.float().mean(),
+        "advantage_mean": raw_advantages[in_rest].mean(),
+        "advantage_std": raw_advantages[in_rest].std(),
+        "eos_rate": batch["has_eos"].float().mean(),
+        "response_tokens": lengths.float().mean(),
         "reset_share": (reset_len > 0).float().mean(),
         "prefix_share": (reset_len / lengths)[reset_len > 0].mean() if reset_len.any() else 0.0,
-        "tokens_decoded": batch["decoded"].sum(), "tokens_forced": reset_len.sum(), "grad_norm": grad_norm,
+        "tokens_decoded": batch["decoded"].sum(),
+        "tokens_forced": reset_len.sum(),
+        "grad_norm": grad_norm,
         "tokens_per_second": lengths.sum() / sum(seconds.values()),
-        **{f"seconds_{phase}": value for phase, value in seconds.items()}}
+        **{f"seconds_{phase}": value for phase, value in seconds.items()},
+    }
     if s.device.startswith("cuda"):
         figures |= {f"gb_{phase}": peak for phase, (_, peak) in zip(PHASES, laps[1:])}
     return {name: float(value) for name, value in figures.items()}
 
 
 def lap(s):
-    """-> seconds on the clock, and the most GB that the GPU has held since the last lap. What it was asked to do is done then."""
+    """-> seconds on the clock, and the most GB that the GPU has held since the last lap. All work is done by then."""
     if not s.device.startswith("cuda"):
         return time.perf_counter(), 0.0
     torch.cuda.synchronize(s.device)
@@ -805,6 +870,7 @@ def check_references(roles, references, tokenizer, s):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Measuring: what checks, reward model and evaluation (tools/evaluation.py) share.
+
 
 def sequence_logprobs(network, batch, temperature=1.0):
     """ln pi(response | query), (B,)."""
@@ -851,6 +917,7 @@ def run_stage(stage, s):
             stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
     if stage == "eval":
         from tools import evaluation
+
         return evaluation.evaluate(s)
     if stage == "ppo":
         s = dataclasses.replace(s, beta=0.0)
@@ -861,7 +928,9 @@ def run_stage(stage, s):
     began = time.perf_counter()
     figures = STAGES[stage](s) or {}
     if world()[0] == 0:
-        result.write_text(json.dumps({"seconds": time.perf_counter() - began, **figures, "settings": relevant(s, stage)}, indent=1))
+        result.write_text(
+            json.dumps({"seconds": time.perf_counter() - began, **figures, "settings": relevant(s, stage)}, indent=1)
+        )
     wait_for_all()
 
 
@@ -870,32 +939,37 @@ def parse(argv):
     parser = HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "eval", "all"], help="what to run")
     parser.error = stop
-    preset = ["tiny"] + [word.removeprefix("--preset=") if "=" in word else after
-                         for word, after in zip(argv, [*argv[1:], ""]) if word.partition("=")[0] == "--preset"]
+    preset = ["tiny"] + [
+        word.removeprefix("--preset=") if "=" in word else after
+        for word, after in zip(argv, [*argv[1:], ""])
+        if word.partition("=")[0] == "--preset"
+    ]
     parser.set_defaults(preset=preset[-1], **PRESETS.get(preset[-1], {}))
     try:
         s, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except ValueError as error:                                       # a word or a flag that nothing takes
+    except ValueError as error:  # a word or a flag that nothing takes
         stop(error)
     return rest.stage, s
 
 
 def main(argv=None):
     from tools import preflight, report
-    sys.path.append(os.getcwd())                                      # where a module:function may live
+
+    sys.path.append(os.getcwd())  # where a module:function may live
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()                       # one bar per stage is enough
+    transformers_logging.disable_progress_bar()  # one bar per stage is enough
     stage, s = parse(sys.argv[1:] if argv is None else argv)
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
     stages = [*STAGES, "eval"] if stage == "all" else [stage]
     with contextlib.ExitStack() as held:
-        join(s, held)                                                 # the other processes, if there are any
+        join(s, held)  # the other processes, if there are any
         if world()[0] == 0:
-            for one in runs:                                          # what is wrong is found before anything is trained
+            for one in runs:  # what is wrong is found before anything is trained
                 preflight.check(stages, one, held)
         wait_for_all()
-        held.enter_context(torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16",
-                                          cache_enabled=False))
+        held.enter_context(
+            torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
+        )
         for one in runs:
             for name in stages:
                 run_stage(name, one)
@@ -904,5 +978,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import drpo                                                       # so that tools and toys find this module, not a second one
+    import drpo  # so that tools and toys find this module, not a second one
+
     drpo.main()

@@ -42,6 +42,7 @@ costs a little more in words than it earns, so whoever looks only at what is nea
 paper's abstract describes: the SFT references hardly ever get through the gate, but some responses in the preference pairs
 do, and are preferred. In `easy` the SFT references get through often.
 """
+
 import argparse
 import contextlib
 import functools
@@ -62,8 +63,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from drpo import (bradley_terry_loss, dpo_loss, gae, generator, masked_whiten, penalised_rewards, ppo_policy_loss, ppo_value_loss,
-                  sample_reset_lengths)
+from drpo import (
+    bradley_terry_loss,
+    dpo_loss,
+    gae,
+    generator,
+    masked_whiten,
+    penalised_rewards,
+    ppo_policy_loss,
+    ppo_value_loss,
+    sample_reset_lengths,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The lock. Tables are indexed [layer h, state s, action a], with three states in a layer:
@@ -73,9 +83,10 @@ CHAIN, CORRIDOR, END = range(3)
 
 class Lock(NamedTuple):
     """A layered MDP as tables: H layers, A actions, undiscounted. Every episode starts at CHAIN in layer 0."""
-    transition: torch.Tensor                                          # (H, 3, A, 3): P(state in layer h+1 | h, s, a)
-    reward: torch.Tensor                                              # (H, 3, A), the true one
-    behaviour: torch.Tensor                                           # (H, 3, A), the policy that the data comes from
+
+    transition: torch.Tensor  # (H, 3, A, 3): P(state in layer h+1 | h, s, a)
+    reward: torch.Tensor  # (H, 3, A), the true one
+    behaviour: torch.Tensor  # (H, 3, A), the policy that the data comes from
 
 
 def detour_lock(H, A=10, c=2.0, seed=0):
@@ -88,7 +99,7 @@ def detour_lock(H, A=10, c=2.0, seed=0):
     transition[0, CHAIN] = into_corridor
     transition[h[:-1], CHAIN, good[:-1]] = onto_chain
     reward[-1, CHAIN, good[-1]] = 1.0
-    exit_probability = (1 / (H - 1 - h[1:-1]))[:, None, None]         # makes the layer of the exit uniform
+    exit_probability = (1 / (H - 1 - h[1:-1]))[:, None, None]  # makes the layer of the exit uniform
     transition[1:-1, CORRIDOR] = exit_probability * onto_chain + (1 - exit_probability) * into_corridor
     transition[h, CORRIDOR, leave] = out
     reward[1:-1, CORRIDOR] = -c / H
@@ -117,7 +128,7 @@ def cdf(p):
     """(H, ..., n) distributions over the last axis -> (H, rows * n), non-decreasing: row number + cumulative distribution.
     Where row + u falls in it, by bisection, is the cell row * n + outcome: the draw, and its index in the flat table."""
     steps = p.double().flatten(1, -2).cumsum(-1).clamp(max=1.0)
-    steps[..., -1] = 1.0                                              # u < 1 always finds an outcome, whatever the rounding
+    steps[..., -1] = 1.0  # u < 1 always finds an outcome, whatever the rounding
     return (steps + torch.arange(steps.shape[1])[:, None]).flatten(1)
 
 
@@ -131,7 +142,7 @@ def rollout(lock, policy, reset_len, generator, states=None, actions=None, first
     visited, taken, s = [], [], torch.full((B,), CHAIN)
     for h in range(H):
         u, v = torch.rand(2, B, generator=generator, dtype=torch.float64)
-        cell = torch.searchsorted(choose[h], s + u, right=True)       # s * A + action
+        cell = torch.searchsorted(choose[h], s + u, right=True)  # s * A + action
         if first_action is not None:
             cell = torch.where(h == reset_len, s * A + first_action, cell)
         if h < last:
@@ -164,11 +175,13 @@ def greedy(q):
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. The offline data, and the methods. All start from the same clone of it and see the same learned reward.
 
+
 class Data(NamedTuple):
     """N trajectories of the behaviour policy, at END after their end; rows 2i and 2i + 1 make pair i."""
-    states: torch.Tensor                                              # (N, H) long
-    actions: torch.Tensor                                             # (N, H) long
-    lengths: torch.Tensor                                             # (N,) long, steps until END
+
+    states: torch.Tensor  # (N, H) long
+    actions: torch.Tensor  # (N, H) long
+    lengths: torch.Tensor  # (N,) long, steps until END
 
 
 def cells_of(states, actions, A):
@@ -217,9 +230,10 @@ def fit_reward(data, pairs, A, temperature=0.1, l2=1.0):
     def objective():
         optimizer.zero_grad()
         scores = sums(logits)
-        loss = bradley_terry_loss(scores[pairs[:, 0]], scores[pairs[:, 1]]) + l2 / 2 * (logits ** 2).sum() / len(pairs)
+        loss = bradley_terry_loss(scores[pairs[:, 0]], scores[pairs[:, 1]]) + l2 / 2 * (logits**2).sum() / len(pairs)
         loss.backward()
         return loss
+
     optimizer.step(objective)
     return temperature * logits.detach()
 
@@ -231,8 +245,22 @@ def draw_resets(data, batch, beta, generator):
     return rows, sample_reset_lengths(data.lengths[rows] - 1, beta, generator, include_zero=True)
 
 
-def ppo(lock, data, sft, reward, seed, beta, kl_coef=0.001, entropy=1.0, whiten=False, batch=1024,
-        lr=0.05, epochs=8, cliprange=0.5, lam=0.95):
+def ppo(
+    lock,
+    data,
+    sft,
+    reward,
+    seed,
+    beta,
+    kl_coef=0.001,
+    entropy=1.0,
+    whiten=False,
+    batch=1024,
+    lr=0.05,
+    epochs=8,
+    cliprange=0.5,
+    lam=0.95,
+):
     """Algorithm 1 with PPO as its policy optimiser, the loop of `train_drpo` on tables; PPO itself is beta = 0.
 
     The entropy bonus is entropy / H a step: in units of the reward, as much at every H. Advantages stay in these units unless
@@ -253,7 +281,7 @@ def ppo(lock, data, sft, reward, seed, beta, kl_coef=0.001, entropy=1.0, whiten=
             # Line 5: only what the policy did itself
             mask = (states != END) & (torch.arange(states.shape[1]) >= reset_len[:, None])
             cells = cells_of(states, actions, A)
-            sites = cells // A                                        # (h, s), in a flattened table (H, 3)
+            sites = cells // A  # (h, s), in a flattened table (H, 3)
             old_logprobs, ref_logprobs = policy.log().flatten()[cells], sft.log().flatten()[cells]
             rewards = reward.flatten()[cells] + penalised_rewards(torch.zeros(batch), old_logprobs, ref_logprobs, mask, kl_coef)
             old_values = values.flatten()[sites]
@@ -261,7 +289,8 @@ def ppo(lock, data, sft, reward, seed, beta, kl_coef=0.001, entropy=1.0, whiten=
             advantages = masked_whiten(advantages, mask) if whiten else advantages
             # What is outside the mask never matters (the tests hold the functions to that): leave it out, and be faster
             cells, sites, old_logprobs, old_values, advantages, returns = [
-                x[mask] for x in (cells, sites, old_logprobs, old_values, advantages, returns)]
+                x[mask] for x in (cells, sites, old_logprobs, old_values, advantages, returns)
+            ]
             share, ones = torch.bincount(sites, minlength=H * 3) / len(sites), torch.ones_like(advantages)
         # Line 6
         for _ in range(epochs):
@@ -335,33 +364,34 @@ def fitted_q(data, reward):
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. The experiment: runs, and plans of runs. What they say about each claim is worked out in tools/toy_report.py.
 
-TUNED_PPO = dict(batch=512, kl_coef=0.0, entropy=8.0, whiten=True)         # the first of results/toy/tuning.json, by --tune
+TUNED_PPO = dict(batch=512, kl_coef=0.0, entropy=8.0, whiten=True)  # the first of results/toy/tuning.json, by --tune
 HEAT_BETAS, HEAT_KLS = (0.1, 0.25, 0.5, 1.0), (0.0, 0.001, 0.01, 0.03, 0.1, 0.3)
-SEEDS = range(100, 110)                                               # for reporting only; every setting was chosen on others
-SOLVED = 0.9                                                          # of the best return, 1
-EVALUATE_EVERY = 5                                                    # updates
-SNAPSHOTS = {round(1.2 ** k) for k in range(50)}                      # updates at which it is kept who acted where
+SEEDS = range(100, 110)  # for reporting only; every setting was chosen on others
+SOLVED = 0.9  # of the best return, 1
+EVALUATE_EVERY = 5  # updates
+SNAPSHOTS = {round(1.2**k) for k in range(50)}  # updates at which it is kept who acted where
 
 
 @dataclass(frozen=True)
 class Run:
     """One method on one lock. With the code it determines the result to the last bit, timings aside."""
-    method: str                                                       # drpo | ppo | npg | offline: SFT, DPO and fitted Q
+
+    method: str  # drpo | ppo | npg | offline: SFT, DPO and fitted Q
     H: int
     seed: int
-    budget: int = 1_000_000                                           # episodes
-    run_on: bool = False                                              # past the first evaluation above SOLVED
-    beta: float = 0.5                                                 # of drpo
+    budget: int = 1_000_000  # episodes
+    run_on: bool = False  # past the first evaluation above SOLVED
+    beta: float = 0.5  # of drpo
     kl_coef: float = 0.001
     entropy: float = 1.0
     whiten: bool = False
     batch: int = 1024
     A: int = 10
     c: float = 2.0
-    plain: float = 0.0                                                # > 0: the plain lock, its data keeping on with 1 - plain / H
-    uniform: bool = False                                             # ... from a uniform policy, and with the true reward
+    plain: float = 0.0  # > 0: the plain lock, its data keeping on with 1 - plain / H
+    uniform: bool = False  # ... from a uniform policy, and with the true reward
     pairs: int = 50_000
-    resets: str = "all"                                               # half | chain | 30: what of the data is reset to
+    resets: str = "all"  # half | chain | 30: what of the data is reset to
 
 
 @functools.lru_cache(maxsize=2)
@@ -392,19 +422,38 @@ def execute(run):
     lock, data, pairs, sft, reward = problem(run.seed, run.H, run.A, run.c, run.plain, run.uniform, run.pairs)
     best = greedy(q_values(lock, lock.reward)[0])
     true_value, learned_value = [lambda policy, r=r: q_values(lock, r, policy)[1] for r in (lock.reward, reward)]
-    hacked = greedy(q_values(lock, reward)[0])                        # what perfect optimisation of the learned reward leads to
-    result = {"run": asdict(run), "best_learned_return": learned_value(best),
-              "hacked_learned_return": learned_value(hacked), "hacked_value": true_value(hacked)}
+    hacked = greedy(q_values(lock, reward)[0])  # what perfect optimisation of the learned reward leads to
+    result = {
+        "run": asdict(run),
+        "best_learned_return": learned_value(best),
+        "hacked_learned_return": learned_value(hacked),
+        "hacked_value": true_value(hacked),
+    }
     if run.method == "offline":
         returns = summing(data, run.A)(lock.reward)
-        return result | {"data_mean": returns.mean().item(), "data_best": returns.max().item(), "sft": true_value(sft),
-                         "dpo": true_value(dpo(data, sft, pairs)), "fitted_q": true_value(fitted_q(data, reward))}
+        return result | {
+            "data_mean": returns.mean().item(),
+            "data_best": returns.max().item(),
+            "sft": true_value(sft),
+            "dpo": true_value(dpo(data, sft, pairs)),
+            "fitted_q": true_value(fitted_q(data, reward)),
+        }
     resets = states_to_reset_to(data, run.resets, run.H)
     if run.method == "npg":
         updates = npg(lock, resets, sft, reward, run.seed, run.batch)
     else:
-        updates = ppo(lock, resets, sft, reward, run.seed, 0.0 if run.method == "ppo" else run.beta, run.kl_coef, run.entropy,
-                      run.whiten, run.batch)
+        updates = ppo(
+            lock,
+            resets,
+            sft,
+            reward,
+            run.seed,
+            0.0 if run.method == "ppo" else run.beta,
+            run.kl_coef,
+            run.entropy,
+            run.whiten,
+            run.batch,
+        )
     values, visits, steps, cost, start = [], [], 0, None, time.process_time()
     result |= {"episodes_to_solve": None, "steps_to_solve": None}
     for update in range(1, run.budget // run.batch + 1):
@@ -426,25 +475,37 @@ def execute(run):
 
 def plan(mode):
     """The runs of a mode, the longest first. The seeds of `tune` are not reported on, and those reported on were not tuned on."""
-    if mode == "tune":                                                # PPO for itself
-        return [Run("ppo", 20, seed, batch=batch, kl_coef=kl_coef, entropy=entropy, whiten=whiten) for seed in (0, 1)
-                for batch in (512, 1024, 4096) for kl_coef in (0.0, 0.001, 0.01)
-                for whiten, entropy in ((False, 0.0), (False, 1.0), (False, 3.0), (False, 10.0), (True, 2.0), (True, 8.0))]
+    if mode == "tune":  # PPO for itself
+        return [
+            Run("ppo", 20, seed, batch=batch, kl_coef=kl_coef, entropy=entropy, whiten=whiten)
+            for seed in (0, 1)
+            for batch in (512, 1024, 4096)
+            for kl_coef in (0.0, 0.001, 0.01)
+            for whiten, entropy in ((False, 0.0), (False, 1.0), (False, 3.0), (False, 10.0), (True, 2.0), (True, 8.0))
+        ]
     if mode == "quick":
-        return [Run("offline", 10, SEEDS[0])] + [run for seed in SEEDS[:3] for run in (
-            Run("drpo", 10, seed), Run("ppo", 10, seed, 40_000), Run("npg", 10, seed))]
+        return [Run("offline", 10, SEEDS[0])] + [
+            run for seed in SEEDS[:3] for run in (Run("drpo", 10, seed), Run("ppo", 10, seed, 40_000), Run("npg", 10, seed))
+        ]
     full, runs = mode == "full", []
     for seed in SEEDS if full else SEEDS[:3]:
         long = 1_000_000 if full else 200_000
         for H in (10, 20, 30, 40) if full else (10, 20):
             most = 1_200_000 if H == 40 else 1_000_000
-            runs += [Run("drpo", H, seed, most, run_on=full), Run("npg", H, seed, most, run_on=full), Run("ppo", H, seed, long),
-                     Run("offline", H, seed)]
+            runs += [
+                Run("drpo", H, seed, most, run_on=full),
+                Run("npg", H, seed, most, run_on=full),
+                Run("ppo", H, seed, long),
+                Run("offline", H, seed),
+            ]
             runs += [Run("ppo", H, seed, long, **TUNED_PPO)] if H >= 20 else []
         for beta in (0.05, 0.1, 0.25, 0.75, 0.9, 1.0) if full else (0.25, 1.0):
             runs += [Run("drpo", 20, seed, 3_000_000 if beta < 0.25 else 1_000_000, beta=beta)]
-        runs += [Run("drpo", 20, seed, long, resets="half"), Run("drpo", 20, seed, long, resets="chain"),
-                 Run("drpo", 20, seed, 1_000_000, resets="30")]
+        runs += [
+            Run("drpo", 20, seed, long, resets="half"),
+            Run("drpo", 20, seed, long, resets="chain"),
+            Run("drpo", 20, seed, 1_000_000, resets="30"),
+        ]
         for method in ("ppo", "drpo"):
             runs += [Run(method, 20, seed, c=0.0), Run(method, 20, seed, plain=1.0), Run(method, 20, seed, plain=2.0)]
         for pairs in (1000, 2000, 5000, 10_000) if full else (1000,):
@@ -452,19 +513,25 @@ def plan(mode):
         for A, H in [(2, H) for H in (12, 14, 16, 18)] + [(5, H) for H in (6, 7, 8, 9)] if full else []:
             runs += [Run("ppo", H, seed, 6_000_000, A=A, plain=1.0, uniform=True, entropy=0.2)]
         if full and seed in SEEDS[:3]:
-            runs += [Run("drpo", 20, seed, 300_000, beta=beta, kl_coef=kl_coef) for beta in HEAT_BETAS for kl_coef in HEAT_KLS
-                     if kl_coef != 0.001]                             # those are in the sweep over beta
+            runs += [
+                Run("drpo", 20, seed, 300_000, beta=beta, kl_coef=kl_coef)
+                for beta in HEAT_BETAS
+                for kl_coef in HEAT_KLS
+                if kl_coef != 0.001
+            ]  # those are in the sweep over beta
     return sorted(set(runs), key=lambda run: (-run.H, run.seed, run.c, run.plain, run.pairs, str(run)))  # problem by problem
 
 
 def carry_out(runs, out, jobs):
     """The results of the runs. Each is appended to out/runs.jsonl as it is done; what stands there from the same code is not
     done again."""
-    code = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("toy_env.py", "drpo.py"))).hexdigest()
+    code = hashlib.sha256(
+        b"".join(Path(__file__).with_name(name).read_bytes() for name in ("toy_env.py", "drpo.py"))
+    ).hexdigest()
     path, done = out / "runs.jsonl", {}
     text = path.read_text() if path.exists() else ""
     for line in text.splitlines():
-        with contextlib.suppress(ValueError):                         # a line that was cut off
+        with contextlib.suppress(ValueError):  # a line that was cut off
             record = json.loads(line)
             if record["code"] == code:
                 done[Run(**record["result"]["run"])] = record["result"]
@@ -478,7 +545,7 @@ def carry_out(runs, out, jobs):
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)))
             results = pool.imap_unordered(execute, missing)
         else:
-            torch.set_num_threads(1)                                  # tables are too small to share among threads
+            torch.set_num_threads(1)  # tables are too small to share among threads
             results = map(execute, missing)
         for result in tqdm(results, total=len(missing), unit="run", disable=None):
             file.write(json.dumps({"code": code, "result": result}) + "\n")
@@ -492,9 +559,18 @@ def tabulate_grid(results, out):
     cells = {}
     for r in results:
         cells.setdefault(tuple((key, r["run"][key]) for key in TUNED_PPO), []).append(r)
-    rows = sorted(({**dict(cell), "solved": sum(r["episodes_to_solve"] is not None for r in runs), "seeds": len(runs),
-                    "mean_value": statistics.mean(r["value"] for r in runs)} for cell, runs in cells.items()),
-                  key=lambda row: (-row["solved"], -row["mean_value"]))
+    rows = sorted(
+        (
+            {
+                **dict(cell),
+                "solved": sum(r["episodes_to_solve"] is not None for r in runs),
+                "seeds": len(runs),
+                "mean_value": statistics.mean(r["value"] for r in runs),
+            }
+            for cell, runs in cells.items()
+        ),
+        key=lambda row: (-row["solved"], -row["mean_value"]),
+    )
     (out / "tuning.json").write_text("[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n")
     print("\n".join(str(row) for row in rows[:10]))
 
@@ -506,7 +582,12 @@ def main(argv=None):
     modes.add_argument("--quick", action="store_true", help="the main claims at H = 10, in seconds")
     modes.add_argument("--full", action="store_true", help="everything, 10 seeds, in half an hour")
     modes.add_argument("--tune", action="store_true", help="PPO's own grid, on seeds that are not reported on")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for results.json, claims.md and toy.png (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/toy"),
+        help="folder for results.json, claims.md and toy.png (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     mode = next((mode for mode in ("quick", "full", "tune") if getattr(args, mode)), "default")
     try:
@@ -518,11 +599,14 @@ def main(argv=None):
     if mode == "tune":
         return tabulate_grid(results, args.out)
     from tools.toy_report import NOT_EXPECTED, claims, draw, table
+
     rows = claims(results)
-    (args.out / "claims.md").write_text("| claim | verdict | measured |\n|---|---|---|\n" +
-                                        "".join(f"| {' | '.join(row)} |\n" for row in rows))
-    (args.out / "results.json").write_text("{\"claims\": [" + ",\n".join(map(json.dumps, rows)) +
-                                           "],\n\"runs\": [" + ",\n".join(map(json.dumps, results)) + "]}\n")
+    (args.out / "claims.md").write_text(
+        "| claim | verdict | measured |\n|---|---|---|\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    )
+    (args.out / "results.json").write_text(
+        '{"claims": [' + ",\n".join(map(json.dumps, rows)) + '],\n"runs": [' + ",\n".join(map(json.dumps, results)) + "]}\n"
+    )
     print(table(results))
     for claim, verdict, figures in rows:
         print(f"{verdict:13}  {claim}\n               {figures}")
@@ -541,10 +625,26 @@ PEOPLE = ["sister", "brother", "boss", "roommate", "neighbor", "cousin", "friend
 DEEDS = ["broke", "sold", "lost", "stole", "painted", "hid", "burned", "borrowed"]
 THINGS = ["bike", "phone", "laptop", "guitar", "car", "jacket", "camera", "couch", "watch", "garden"]
 FEELINGS = ["angry", "sad", "hurt", "confused", "betrayed", "tired", "worried", "guilty"]
-WISHES = ["an apology", "my money back", "some advice", "to move out", "a new one", "to stay calm", "to call a lawyer",
-          "to talk"]
-DISTRACTORS = ["it was raining all day .", "we had dinner before that .", "i work two jobs .", "most of them live far away .",
-               "this happened last week .", "sorry for the long post .", "we used to get along .", "i hardly slept since ."]
+WISHES = [
+    "an apology",
+    "my money back",
+    "some advice",
+    "to move out",
+    "a new one",
+    "to stay calm",
+    "to call a lawyer",
+    "to talk",
+]
+DISTRACTORS = [
+    "it was raining all day .",
+    "we had dinner before that .",
+    "i work two jobs .",
+    "most of them live far away .",
+    "this happened last week .",
+    "sorry for the long post .",
+    "we used to get along .",
+    "i hardly slept since .",
+]
 QUESTION = "what should i do ?"
 
 
@@ -552,9 +652,12 @@ def write_post(rng):
     """-> (prompt in the TL;DR format, its three facts as the clauses that state them)."""
     person, deed, thing = rng.choice(PEOPLE), rng.choice(DEEDS), rng.choice(THINGS)
     feeling, wish = rng.choice(FEELINGS), rng.choice(WISHES)
-    body = [rng.choice(["yesterday", "so", "last month", "well ,"]) + f" my {person} {deed} our {thing} .",
-            rng.choice(["now i feel", "honestly i feel", "i really feel"]) + f" {feeling} .",
-            rng.choice(["all i want is", "i just want", "i think i want"]) + f" {wish} .", rng.choice(DISTRACTORS)]
+    body = [
+        rng.choice(["yesterday", "so", "last month", "well ,"]) + f" my {person} {deed} our {thing} .",
+        rng.choice(["now i feel", "honestly i feel", "i really feel"]) + f" {feeling} .",
+        rng.choice(["all i want is", "i just want", "i think i want"]) + f" {wish} .",
+        rng.choice(DISTRACTORS),
+    ]
     rng.shuffle(body)
     title = rng.choice([f"my {person} {deed} our {thing}", f"i feel {feeling}", f"i want {wish}"])
     prompt = f"SUBREDDIT: r/{rng.choice(SUBREDDITS)}\n\nTITLE: {title}\n\nPOST: {' '.join(body)}\n\nTL;DR:"
@@ -588,10 +691,14 @@ def sloppy(rng, facts):
     """One thing wrong: facts of some other post, the question too early, a clause twice in place of another or on top."""
     clauses, wrong = careful(rng, facts), write_post(rng)[1]
     places, (here, there) = rng.sample(range(3), rng.randint(1, 3)), rng.sample(range(3), 2)
-    return rng.choice([[wrong[i] if i in places else clause for i, clause in enumerate(clauses)],
-                       [*rng.sample(facts, rng.randint(0, 2)), QUESTION],
-                       [clauses[here] if i == there else clause for i, clause in enumerate(clauses)],
-                       clauses[:here + 1] + clauses[here:]])
+    return rng.choice(
+        [
+            [wrong[i] if i in places else clause for i, clause in enumerate(clauses)],
+            [*rng.sample(facts, rng.randint(0, 2)), QUESTION],
+            [clauses[here] if i == there else clause for i, clause in enumerate(clauses)],
+            clauses[: here + 1] + clauses[here:],
+        ]
+    )
 
 
 def mixed(rng, facts):
@@ -654,7 +761,7 @@ def gate_pairs(split="train", seed=0, temperature=0.5):
         if a == b:
             continue
         gap = (gold_score(prompt, a) - gold_score(prompt, b)) / temperature
-        first_wins = rng.random() < 1 / (1 + 2.718281828459045 ** -gap)
+        first_wins = rng.random() < 1 / (1 + 2.718281828459045**-gap)
         rows.append({"prompt": prompt, "chosen": a if first_wins else b, "rejected": b if first_wins else a})
     return rows
 
@@ -663,10 +770,15 @@ def bpe_tokenizer():
     """A byte-level BPE tokenizer like Pythia's, trained on the corpus. Needs `tokenizers`, which comes with transformers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>", "[PAD]"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "[PAD]"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     rows = posts("train", 0, careful, 2000)
     tokenizer.train_from_iterator((row["prompt"] + " " + row["reference"] for row in rows), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="[PAD]")
@@ -675,16 +787,30 @@ def bpe_tokenizer():
 def tiny_pythia(seed=0):
     """Pythia's architecture, 2 layers of 128, 0.5 M parameters, random weights."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # the residual is sequential: in two parallel layers copying from the post takes several times as long to learn
-        return GPTNeoXForCausalLM(GPTNeoXConfig(
-            vocab_size=600, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
-            max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=1, classifier_dropout=0.0,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-            use_parallel_residual=False, tie_word_embeddings=False))
+        return GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=600,
+                hidden_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=512,
+                max_position_embeddings=256,
+                bos_token_id=0,
+                eos_token_id=0,
+                pad_token_id=1,
+                classifier_dropout=0.0,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+                use_parallel_residual=False,
+                tie_word_embeddings=False,
+            )
+        )
 
 
 if __name__ == "__main__":
-    import toy_env                                                    # under its own name, as its processes and tools see it
+    import toy_env  # under its own name, as its processes and tools see it
+
     sys.exit(toy_env.main())

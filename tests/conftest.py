@@ -1,4 +1,5 @@
 """The repository root goes on the path, so that `import drpo` works from wherever pytest is started."""
+
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def one_thread():
     """Tensors this small are fastest on one thread, and sums always run in the same order."""
     import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,10 +25,11 @@ def one_line(capsys):
     import drpo
 
     def ends(argv):
-        capsys.readouterr()                                           # what was said before does not count
+        capsys.readouterr()  # what was said before does not count
         with pytest.raises(SystemExit) as stopped:
             drpo.main([str(word) for word in argv])
         line = capsys.readouterr().err
         assert stopped.value.code == 2 and len(line.splitlines()) == 1, line
         return line
+
     return ends

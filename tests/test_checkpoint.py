@@ -1,4 +1,5 @@
 """tools/checkpoint.py: what is on the disk, whatever happens while it is written or after."""
+
 import json
 import os
 import resource
@@ -28,7 +29,7 @@ def trained(steps=3, seed=0):
 
 def train(params, optimizer, step):
     optimizer.zero_grad()
-    sum((p ** 2).sum() * (step + 1) for p in params.values()).backward()
+    sum((p**2).sum() * (step + 1) for p in params.values()).backward()
     optimizer.step()
 
 
@@ -87,7 +88,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path, 
     assert checkpoint.newest(tmp_path).name == "000001"
     line = capsys.readouterr().out
     assert line.count("\n") == 1 and "000002: damaged" in line
-    checkpoint.save(tmp_path, 2, *trained(), {}, keep=2)              # the run comes by again, and writes over it
+    checkpoint.save(tmp_path, 2, *trained(), {}, keep=2)  # the run comes by again, and writes over it
     assert checkpoint.newest(tmp_path).name == "000002" and not capsys.readouterr().out
 
 
@@ -118,15 +119,16 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_request_to_stop_is_noted_and_the_second_interrupts(number):
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
-        with checkpoint.requests_to_stop() as asked:
-            assert not asked
-            signal.raise_signal(number)
-            assert asked == [number]
-            signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt), checkpoint.requests_to_stop() as asked:
+        assert not asked
+        signal.raise_signal(number)
+        assert asked == [number]
+        signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
 
 def test_it_imports_nothing_of_ours():
-    done = subprocess.run([sys.executable, "-c", "import sys; from tools import checkpoint; assert 'drpo' not in sys.modules"], cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from tools import checkpoint; assert 'drpo' not in sys.modules"], cwd=ROOT
+    )
     assert done.returncode == 0

@@ -1,4 +1,5 @@
 """The commands of the README, run; and the README itself, held to the code."""
+
 import importlib
 import json
 import os
@@ -15,13 +16,31 @@ import drpo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = "--sft_steps 3 --rm_steps 3 --updates 2 --eval_samples 12 --batch_size 4 --dpo_batch_size 4".split()
+SHORT = [
+    "--sft_steps",
+    "3",
+    "--rm_steps",
+    "3",
+    "--updates",
+    "2",
+    "--eval_samples",
+    "12",
+    "--batch_size",
+    "4",
+    "--dpo_batch_size",
+    "4",
+]
 KEYS = ["win_rate", "win_rate_ci95", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate"]
 
 
 def python(*words, cwd=ROOT):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +75,12 @@ def test_every_update_leaves_a_line_of_metrics(tiny):
         assert (tiny[0] / stage / "checkpoint" / f"{updates:06d}" / "tensors.safetensors").exists()
     glossary = README.partition("## Metrics")[2].partition("## The TL;DR")[0]
     named = set(re.findall(r"`([a-z_0-9*]+)`", glossary))
-    missing = [name for name in lines[0] if name not in named | {"update", "loss", "pg_loss", "seconds"}
-               and not (name.startswith("seconds_") and "seconds_*" in named)]
+    missing = [
+        name
+        for name in lines[0]
+        if name not in named | {"update", "loss", "pg_loss", "seconds"}
+        and not (name.startswith("seconds_") and "seconds_*" in named)
+    ]
     assert not missing, "metrics that the README's glossary does not explain"
 
 
@@ -87,8 +110,9 @@ def test_a_changed_setting_retrains_only_what_depends_on_it(tiny, tmp_path):
 
 def test_an_api_judge_decides_the_win_rates_and_its_key_is_written_nowhere(tiny, tmp_path, monkeypatch, capsys):
     from test_judge import KEY, Endpoint, prefers
+
     shutil.copytree(tiny[0], tmp_path / "run")
-    endpoint = Endpoint(prefers(len))                                 # the longer text wins, always
+    endpoint = Endpoint(prefers(len))  # the longer text wins, always
     threading.Thread(target=endpoint.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     for name, value in {"OPENAI_BASE_URL": endpoint.url, "OPENAI_API_KEY": KEY, "NO_PROXY": "*"}.items():
         monkeypatch.setenv(name, value)
@@ -115,8 +139,11 @@ def test_several_seeds_make_one_table(tmp_path):
 
 
 def test_the_tiny_run_does_not_import_datasets():
-    done = python("-c", "import sys, drpo; s = drpo.parse([])[1]; drpo.load_rows(s.dataset, 'reference', 0); "
-                        "assert 'datasets' not in sys.modules")
+    done = python(
+        "-c",
+        "import sys, drpo; s = drpo.parse([])[1]; drpo.load_rows(s.dataset, 'reference', 0); "
+        "assert 'datasets' not in sys.modules",
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -145,7 +172,13 @@ def test_every_function_that_the_paper_table_names_exists():
 def test_the_settings_table_shows_the_defaults_of_the_tldr_preset():
     s = drpo.parse(["--preset", "tldr"])[1]
     assert (s.model, s.batch_size, s.epochs, s.lora_r, s.query_length, s.response_length) == (
-        "EleutherAI/pythia-2.8b-deduped", 512, 4, 1024, 512, 53)
+        "EleutherAI/pythia-2.8b-deduped",
+        512,
+        4,
+        1024,
+        512,
+        53,
+    )
     assert {s.lr, s.sft_lr, s.rm_lr, s.dpo_lr} == {3e-6}
     assert (s.gamma, s.lam, s.cliprange, s.vf_coef, s.kl_coef, s.beta, s.dpo_beta) == (1, 0.95, 0.2, 0.1, 0.05, 1, 0.05)
     assert s.reset_to == "reference"

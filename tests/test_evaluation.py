@@ -1,4 +1,5 @@
 """tools/evaluation.py, tools/history.py and tools/show.py --sample on a tiny run; measurements against what can be worked out."""
+
 import itertools
 import json
 import math
@@ -17,22 +18,63 @@ import drpo
 from tools import checkpoint, evaluation, history, report, show
 
 WORDS = ["[E]", "a", "b", "c", "d", "e"]
-SMALL = ["--dataset", "test_evaluation:posts", "--preference_dataset", "test_evaluation:pairs", "--model", "test_evaluation:network",
-         "--tokenizer", "test_evaluation:tokenizer", "--judge", "test_evaluation:longer", *(
-             "--sft_steps 1 --rm_steps 1 --updates 3 --sft_batch_size 4 --rm_batch_size 4 --batch_size 4 --dpo_batch_size 4 --lr 0.01 "
-             "--query_length 8 --response_length 6 --preference_length 6 --eval_samples 10 --save_every 1 --keep 5").split()]
+SMALL = [
+    "--dataset",
+    "test_evaluation:posts",
+    "--preference_dataset",
+    "test_evaluation:pairs",
+    "--model",
+    "test_evaluation:network",
+    "--tokenizer",
+    "test_evaluation:tokenizer",
+    "--judge",
+    "test_evaluation:longer",
+    *[
+        "--sft_steps",
+        "1",
+        "--rm_steps",
+        "1",
+        "--updates",
+        "3",
+        "--sft_batch_size",
+        "4",
+        "--rm_batch_size",
+        "4",
+        "--batch_size",
+        "4",
+        "--dpo_batch_size",
+        "4",
+        "--lr",
+        "0.01",
+        "--query_length",
+        "8",
+        "--response_length",
+        "6",
+        "--preference_length",
+        "6",
+        "--eval_samples",
+        "10",
+        "--save_every",
+        "1",
+        "--keep",
+        "5",
+    ],
+]
 
 
 def posts(split):
     """Held out: 26 rows, of which the 12th has the prompt of the first."""
-    texts = ["".join(letters) for letters in itertools.product("abcde", repeat=3)][split == "train"::4][:26]
+    texts = ["".join(letters) for letters in itertools.product("abcde", repeat=3)][split == "train" :: 4][:26]
     texts[11] = texts[0]
     return [{"prompt": " ".join(text), "reference": " ".join(reversed(text[:2]))} for text in texts]
 
 
 def pairs(split):
-    return [{"prompt": row["prompt"], "chosen": row["reference"], "rejected": "e e"} for row in posts(split)
-            if row["reference"] != "e e"]
+    return [
+        {"prompt": row["prompt"], "chosen": row["reference"], "rejected": "e e"}
+        for row in posts(split)
+        if row["reference"] != "e e"
+    ]
 
 
 def tokenizer():
@@ -43,9 +85,19 @@ def tokenizer():
 
 def network(seed=0):
     torch.manual_seed(seed)
-    return GPTNeoXForCausalLM(GPTNeoXConfig(
-        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, bos_token_id=0,
-        eos_token_id=0, max_position_embeddings=32, initializer_range=0.5)).eval()
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=len(WORDS),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            bos_token_id=0,
+            eos_token_id=0,
+            max_position_embeddings=32,
+            initializer_range=0.5,
+        )
+    ).eval()
 
 
 def longer(prompts, a, b):
@@ -80,15 +132,20 @@ def test_kl_is_an_unbiased_estimate_of_the_exact_one():
     ended = [[*body, eos] for n in range(T) for body in itertools.product(range(1, 6), repeat=n)]
     responses = ended + [list(body) for body in itertools.product(range(1, 6), repeat=T)]
     row = {"prompt": "a b", "reference": "c d"}
-    log_pi, log_sft = [drpo.per_row(lambda part: drpo.sequence_logprobs(net, part, 0.8), [row] * len(responses), responses, s,
-                                    tokenizer()).double() for net in (policy, sft)]
-    assert log_pi.exp().sum().item() == pytest.approx(1, abs=1e-5)    # these are all the responses there are
+    log_pi, log_sft = [
+        drpo.per_row(
+            lambda part: drpo.sequence_logprobs(net, part, 0.8), [row] * len(responses), responses, s, tokenizer()
+        ).double()
+        for net in (policy, sft)
+    ]
+    assert log_pi.exp().sum().item() == pytest.approx(1, abs=1e-5)  # these are all the responses there are
     exact = (log_pi.exp() * (log_pi - log_sft)).sum().item()
-    by = SimpleNamespace(sft=sft, backbone=sft.base_model, head=drpo.scalar_head(torch.randn(1, 16)), tokenizer=tokenizer(),
-                         judge=longer)
+    by = SimpleNamespace(
+        sft=sft, backbone=sft.base_model, head=drpo.scalar_head(torch.randn(1, 16)), tokenizer=tokenizer(), judge=longer
+    )
     kl = torch.tensor(evaluation.measure(policy, [row] * 3000, s, by)["kl"])
     error = kl.std().item() / math.sqrt(len(kl))
-    assert exact > 0.2 and error < exact / 10                         # so that the test can fail
+    assert exact > 0.2 and error < exact / 10  # so that the test can fail
     assert abs(kl.mean().item() - exact) < 4 * error
 
 
@@ -139,7 +196,10 @@ def test_any_folder_is_measured_beside_the_methods_of_the_run(copy_of_run, tmp_p
     methods = json.loads((copy_of_run / "report.json").read_text())["methods"]
     assert list(methods) == ["sft", "dpo", "ppo", "drpo", str(tmp_path / "somebody")]
     assert methods[str(tmp_path / "somebody")] == methods["sft"]
-    assert re.search(r"^somebody +[01]\.", capsys.readouterr().out, re.M) and "somebody minus DR-PO" in (copy_of_run / "report.md").read_text()
+    assert (
+        re.search(r"^somebody +[01]\.", capsys.readouterr().out, re.M)
+        and "somebody minus DR-PO" in (copy_of_run / "report.md").read_text()
+    )
 
 
 def test_a_folder_with_another_tokenizer_has_no_kl_and_is_refused_in_one_line(copy_of_run, tmp_path, capsys):
@@ -159,7 +219,7 @@ def test_validation_prompts_are_apart_from_the_test_prompts(run):
     validation, test = history.split(s)
     held_out = drpo.load_rows(s.dataset, "reference", s.seed)[1]
     assert test == held_out[:10] and held_out[11]["prompt"] == held_out[0]["prompt"]
-    assert validation == [held_out[10], *held_out[12:21]]             # ten, and not the prompt that eval has seen
+    assert validation == [held_out[10], *held_out[12:21]]  # ten, and not the prompt that eval has seen
 
 
 def test_the_policy_of_the_last_checkpoint_is_the_one_that_was_saved_and_those_before_are_not(run):
@@ -177,8 +237,10 @@ def test_the_history_names_the_peak_on_validation_prompts_and_measures_it_on_the
     lines = [json.loads(line) for line in (copy_of_run / "history.jsonl").read_text().splitlines()]
     samples, out = samples_of(copy_of_run), capsys.readouterr().out
     for method in ("ppo", "drpo"):
-        parts = {part: {line["update"]: line for line in lines if line["method"] == method and line["prompts"] == part}
-                 for part in ("validation", "test")}
+        parts = {
+            part: {line["update"]: line for line in lines if line["method"] == method and line["prompts"] == part}
+            for part in ("validation", "test")
+        }
         assert list(parts["validation"]) == [0, 1, 2, 3]
         best = max(parts["validation"], key=lambda update: parts["validation"][update]["gold_score"])
         assert set(parts["test"]) == {best, 3}
@@ -192,8 +254,14 @@ def test_the_history_names_the_peak_on_validation_prompts_and_measures_it_on_the
     assert "](overoptimisation.png)" in page and (copy_of_run / "overoptimisation.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("change, words", [(["--eval_samples", "26"], ["--eval_samples 26", "26 held-out rows"]),
-                                           (["--gold", "nonsense"], ["--gold nonsense"]), ("one checkpoint", ["--keep"])])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["--eval_samples", "26"], ["--eval_samples 26", "26 held-out rows"]),
+        (["--gold", "nonsense"], ["--gold nonsense"]),
+        ("one checkpoint", ["--keep"]),
+    ],
+)
 def test_a_history_that_cannot_be_had_is_told_in_one_line(copy_of_run, capsys, change, words):
     if change == "one checkpoint":
         for stage in report.RL:
@@ -210,7 +278,10 @@ def blocks(out):
     found, heading = {}, None
     for block in re.split(r"\n\n+", out.strip()):
         if block.startswith("token "):
-            rows = [re.split(r" {2,}", re.sub(r"^(token|role|reward|value|advantage)", "", line).strip()) for line in block.splitlines()]
+            rows = [
+                re.split(r" {2,}", re.sub(r"^(token|role|reward|value|advantage)", "", line).strip())
+                for line in block.splitlines()
+            ]
             found[heading] += list(zip(*rows, strict=True))
         else:
             heading = block
@@ -219,7 +290,7 @@ def blocks(out):
 
 
 def test_a_sample_is_shown_with_what_training_would_have_computed_for_each_token(run, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")                               # so that tables are folded
+    monkeypatch.setenv("COLUMNS", "60")  # so that tables are folded
     show.main(["--run", str(run), "--sample", "3"])
     out = capsys.readouterr().out
     assert "\033[" not in out and max(map(len, out.splitlines())) <= 132
@@ -228,16 +299,18 @@ def test_a_sample_is_shown_with_what_training_would_have_computed_for_each_token
     s = drpo.parse(["drpo", "--run_dir", str(run), *SMALL])[1]
     for (heading, columns), method in zip(found.items(), ("sft", "dpo", "ppo", "drpo")):
         ids = row[method]["ids"]
-        tokens, roles, *numbers = [list(cells[:len(ids)]) for cells in zip(*columns)]
+        tokens, roles, *numbers = [list(cells[: len(ids)]) for cells in zip(*columns)]
         assert tokens == [repr(WORDS[token]) for token in ids]
         assert roles == ["EOS" if token == 0 else "sampled" for token in ids]
-        assert [cells[1] for cells in columns[len(ids):]] == ["pad"] * (len(ids) < 6)
+        assert [cells[1] for cells in columns[len(ids) :]] == ["pad"] * (len(ids) < 6)
         rewards, values, advantages = [list(map(float, cells)) for cells in numbers]
         score = float(re.search(r"score (\S+?)[, ]", heading)[1])
         assert score == pytest.approx(row[method]["rm_score"] if ids[-1] == 0 else -1.0, abs=1e-3)
-        running, wanted = 0.0, []                                     # A_t = delta_t + gamma lam A_{t+1}
+        running, wanted = 0.0, []  # A_t = delta_t + gamma lam A_{t+1}
         for t in reversed(range(len(ids))):
-            running = rewards[t] + s.gamma * (values[t + 1] if t + 1 < len(ids) else 0.0) - values[t] + s.gamma * s.lam * running
+            running = (
+                rewards[t] + s.gamma * (values[t + 1] if t + 1 < len(ids) else 0.0) - values[t] + s.gamma * s.lam * running
+            )
             wanted.insert(0, running)
         assert advantages == pytest.approx(wanted, abs=0.01)
         if method == "sft":
@@ -247,11 +320,14 @@ def test_a_sample_is_shown_with_what_training_would_have_computed_for_each_token
 def test_the_reset_that_is_shown_begins_as_the_reference_does(run, capsys):
     show.main(["--run", str(run), "--sample", "3"])
     heading, columns = list(blocks(capsys.readouterr().out).items())[-1]
-    forced, length = [cells for cells in columns if cells[1] == "reset prefix"], int(re.search(r"reset to (\d+) of", heading)[1])
+    forced, length = (
+        [cells for cells in columns if cells[1] == "reset prefix"],
+        int(re.search(r"reset to (\d+) of", heading)[1]),
+    )
     reference = samples_of(run)[3]["reference"].split()
     assert 0 < len(forced) == length <= len(reference)
     assert [cells[0] for cells in forced] == list(map(repr, reference[:length])) and columns[length][1] in ("sampled", "EOS")
-    assert {cells[2:] for cells in forced} == {(".", ".", ".")}       # what a person wrote is not learned from
+    assert {cells[2:] for cells in forced} == {(".", ".", ".")}  # what a person wrote is not learned from
 
 
 def test_the_critic_that_is_shown_is_the_one_that_was_trained(run):
@@ -260,7 +336,7 @@ def test_the_critic_that_is_shown_is_the_one_that_was_trained(run):
     kept = checkpoint.load_file(run / "drpo" / "checkpoint" / "000003" / "tensors.safetensors")
     assert all(torch.equal(p, kept[f"param.critic.{name}"]) for name, p in critic.named_parameters())
     assert torch.equal(value_head.weight, kept["param.value_head.weight"])
-    backbone, head = show.trained_critic("dpo", s)                    # DPO has none
+    backbone, head = show.trained_critic("dpo", s)  # DPO has none
     assert not torch.equal(head.weight, value_head.weight)
 
 
@@ -275,8 +351,14 @@ def test_on_a_terminal_roles_have_colours_and_with_no_color_they_have_not(run, c
     assert f"\033[{show.PAINT['reset prefix']}m" in coloured and re.sub("\033\\[[0-9;]*m", "", coloured) == plain != coloured
 
 
-@pytest.mark.parametrize("words, named", [(["--run", "{run}", "--sample", "10"], ["--sample 10", "[0, 9]"]),
-                                          (["--run", "{run}", "--sample", "-1"], ["--sample -1"]), (["--sample", "1"], ["--run"])])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--run", "{run}", "--sample", "10"], ["--sample 10", "[0, 9]"]),
+        (["--run", "{run}", "--sample", "-1"], ["--sample -1"]),
+        (["--sample", "1"], ["--run"]),
+    ],
+)
 def test_a_sample_that_is_not_there_is_told_in_one_line(run, capsys, words, named):
     with pytest.raises(SystemExit) as stopped:
         show.main([word.format(run=run) for word in words])

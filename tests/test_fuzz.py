@@ -1,4 +1,5 @@
 """Whatever the rows and the settings: a stage works, or it ends with status 2 and one line. Never a traceback."""
+
 import contextlib
 import io
 import json
@@ -12,11 +13,15 @@ import drpo
 from tools import data
 
 relaxed = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-anything = some.recursive(some.none() | some.booleans() | some.integers() | some.floats() | some.text(),
-                          lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.text(max_size=5), inner, max_size=3),
-                          max_leaves=5)
-text = some.text(some.characters(), max_size=60)                      # of all of Unicode, halves of surrogate pairs included
-fields = some.sampled_from(["prompt", "reference", "chosen", "rejected", "summary", "info", "summaries", "choice", "query", "messages"])
+anything = some.recursive(
+    some.none() | some.booleans() | some.integers() | some.floats() | some.text(),
+    lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+text = some.text(some.characters(), max_size=60)  # of all of Unicode, halves of surrogate pairs included
+fields = some.sampled_from(
+    ["prompt", "reference", "chosen", "rejected", "summary", "info", "summaries", "choice", "query", "messages"]
+)
 row = some.dictionaries(fields, text | anything, max_size=4)
 ROWS = []
 
@@ -47,7 +52,10 @@ def test_rows_of_any_kind_are_read_or_refused(new, kind):
     for part in splits or []:
         assert part
         for kept in part:
-            assert all(kept[name].strip() for name in (("prompt", "reference") if kind == "reference" else ("prompt", "chosen", "rejected")))
+            assert all(
+                kept[name].strip()
+                for name in (("prompt", "reference") if kind == "reference" else ("prompt", "chosen", "rejected"))
+            )
 
 
 @relaxed
@@ -58,7 +66,9 @@ def test_a_row_of_no_known_layout_raises_what_its_reader_names(new):
 
 
 NAMES = [f"--{name}" for name in vars(drpo.parse(["sft"])[1]) if name not in ("run_dir", "seeds", "device", "preset")]
-word = some.sampled_from(["", "0", "1", "-1", "0.5", "1e9", "nan", "inf", "-inf", "true", "reference", "api:x"]) | some.text(max_size=8)
+word = some.sampled_from(["", "0", "1", "-1", "0.5", "1e9", "nan", "inf", "-inf", "true", "reference", "api:x"]) | some.text(
+    max_size=8
+)
 
 
 @relaxed
@@ -72,15 +82,45 @@ def test_settings_of_any_kind_are_taken_or_refused(pairs):
 
 @pytest.mark.slow
 @settings(deadline=None, derandomize=True, max_examples=25, suppress_health_check=list(HealthCheck))
-@given(some.lists(some.fixed_dictionaries({"prompt": text, "reference": text}), min_size=1, max_size=4),
-       some.sampled_from([("query_length", 1), ("query_length", 7), ("response_length", 2), ("response_length", 9), ("micro_batch", 1),
-                          ("sft_batch_size", 1), ("eval_temperature", 0.001), ("supervised_lora_r", 2), ("seed", 5), ("max_grad_norm", 0.1)]))
+@given(
+    some.lists(some.fixed_dictionaries({"prompt": text, "reference": text}), min_size=1, max_size=4),
+    some.sampled_from(
+        [
+            ("query_length", 1),
+            ("query_length", 7),
+            ("response_length", 2),
+            ("response_length", 9),
+            ("micro_batch", 1),
+            ("sft_batch_size", 1),
+            ("eval_temperature", 0.001),
+            ("supervised_lora_r", 2),
+            ("seed", 5),
+            ("max_grad_norm", 0.1),
+        ]
+    ),
+)
 def test_a_stage_on_any_texts_works_or_ends_cleanly(tmp_path_factory, new, one):
     ROWS[:] = new
     drpo.load_rows.cache_clear()
     run = tmp_path_factory.mktemp("fuzz")
     name, value = one
-    outcome(drpo.main, ["sft", "--dataset", "test_fuzz:rows", "--sft_steps", "1", "--sft_batch_size", "3", "--eval_samples", "2",
-                        f"--{name}", str(value), "--run_dir", str(run)])
+    outcome(
+        drpo.main,
+        [
+            "sft",
+            "--dataset",
+            "test_fuzz:rows",
+            "--sft_steps",
+            "1",
+            "--sft_batch_size",
+            "3",
+            "--eval_samples",
+            "2",
+            f"--{name}",
+            str(value),
+            "--run_dir",
+            str(run),
+        ],
+    )
     if (run / "sft" / "result.json").exists():
         assert math.isfinite(json.loads((run / "sft" / "result.json").read_text())["held_out_loss"])

@@ -1,4 +1,5 @@
 """A run that is killed again and again ends as if nobody had touched it."""
+
 import json
 import os
 import random
@@ -12,8 +13,29 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["all", "--sft_steps", "12", "--rm_steps", "12", "--updates", "6", "--sft_batch_size", "8", "--rm_batch_size", "8",
-         "--dpo_batch_size", "8", "--batch_size", "8", "--eval_samples", "4", "--save_every", "1", "--judge", "rm"]
+SMALL = [
+    "all",
+    "--sft_steps",
+    "12",
+    "--rm_steps",
+    "12",
+    "--updates",
+    "6",
+    "--sft_batch_size",
+    "8",
+    "--rm_batch_size",
+    "8",
+    "--dpo_batch_size",
+    "8",
+    "--batch_size",
+    "8",
+    "--eval_samples",
+    "4",
+    "--save_every",
+    "1",
+    "--judge",
+    "rm",
+]
 STAGES = {"sft": 12, "rm": 12, "dpo": 6, "ppo": 6, "drpo": 6}
 
 # drpo.py, but that it kills itself at the given step of writing checkpoints: half-way through the tensors, or at a flush
@@ -47,9 +69,14 @@ drpo.main()
 
 def life(tmp_path, run, **env):
     (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT)))
-    return subprocess.Popen([sys.executable, str(tmp_path / "worker.py"), *SMALL, "--run_dir", str(run)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env})
+    return subprocess.Popen(
+        [sys.executable, str(tmp_path / "worker.py"), *SMALL, "--run_dir", str(run)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+    )
 
 
 def logged(run):
@@ -63,9 +90,9 @@ def test_killed_at_ten_random_moments_also_while_saving_a_run_ends_with_the_same
     process = life(tmp_path, whole)
     assert process.wait(timeout=300) == 0, process.stdout.read()[-2000:]
     for number in range(10):
-        if number % 2:                                                # inside a save: a save has five such steps
+        if number % 2:  # inside a save: a save has five such steps
             process = life(tmp_path, killed, DIES_AT=str(rng.randint(1, 20)))
-        else:                                                         # at any moment, once it is at work
+        else:  # at any moment, once it is at work
             process, before, more = life(tmp_path, killed), logged(killed), rng.randint(1, 4)
             while logged(killed) < before + more and process.poll() is None:
                 time.sleep(0.005)
@@ -76,7 +103,7 @@ def test_killed_at_ten_random_moments_also_while_saving_a_run_ends_with_the_same
         assert process.returncode == -signal.SIGKILL, said[-2000:]
         assert "Traceback" not in said
         moments.append(logged(killed))
-    assert moments[-1] > moments[0] and len(set(moments)) > 5        # it did go on in between
+    assert moments[-1] > moments[0] and len(set(moments)) > 5  # it did go on in between
     process = life(tmp_path, killed)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "goes on after update" in said + str(moments), said[-2000:]
@@ -84,8 +111,13 @@ def test_killed_at_ten_random_moments_also_while_saving_a_run_ends_with_the_same
     for stage, updates in STAGES.items():
         one, other = [load_file(run / stage / "model.safetensors") for run in (whole, killed)]
         assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one), stage
-        logs = [[{name: value for name, value in json.loads(line).items() if "second" not in name}
-                 for line in (run / stage / "metrics.jsonl").read_text().splitlines()] for run in (whole, killed)]
+        logs = [
+            [
+                {name: value for name, value in json.loads(line).items() if "second" not in name}
+                for line in (run / stage / "metrics.jsonl").read_text().splitlines()
+            ]
+            for run in (whole, killed)
+        ]
         assert logs[0] == logs[1] and len(logs[0]) == updates, stage
         assert [path.name for path in (killed / stage / "checkpoint").iterdir()] == [f"{updates:06d}"]
     assert (whole / "samples.jsonl").read_bytes() == (killed / "samples.jsonl").read_bytes()

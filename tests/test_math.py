@@ -2,14 +2,26 @@
 
 Shapes and names are those of drpo.py: (B, T) over response positions, `mask` is 1 on the tokens that the policy sampled.
 Everything random comes from a fixed seed. Most cases are float64, so that tolerances test formulas and not rounding."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from drpo import (bradley_terry_loss, dpo_loss, gae, log_ratio, masked_mean, masked_whiten, penalised_rewards, ppo_policy_loss,
-                  ppo_value_loss, sample_reset_lengths, token_masks)
+from drpo import (
+    bradley_terry_loss,
+    dpo_loss,
+    gae,
+    log_ratio,
+    masked_mean,
+    masked_whiten,
+    penalised_rewards,
+    ppo_policy_loss,
+    ppo_value_loss,
+    sample_reset_lengths,
+    token_masks,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -38,8 +50,9 @@ def assert_same(a, b):
 
 
 def assert_near(a, b, tolerance=1e-12):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64),
-                               rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance
+    )
 
 
 def outside(x, mask, value):
@@ -61,20 +74,25 @@ MASKED = {
     "ppo_policy_loss": lambda a, b, c, mask: ppo_policy_loss(a, b, c, mask, 0.2),
     "ppo_value_loss": lambda a, b, c, mask: ppo_value_loss(a, b, c, mask, 0.2),
 }
-PER_TOKEN = ["masked_whiten", "penalised_rewards", "gae", "log_ratio"]         # those that return tensors (B, T)
+PER_TOKEN = ["masked_whiten", "penalised_rewards", "gae", "log_ratio"]  # those that return tensors (B, T)
 each_masked_function = pytest.mark.parametrize("function", MASKED.values(), ids=MASKED.keys())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What holds for every function with a mask
 
+
 @plants
 @each_masked_function
 def test_what_lies_outside_the_mask_never_matters(function, plant):
     mask, x = segments(1, 6, 8), [randn(seed, 6, 8) for seed in (2, 3, 4)]
     expected = function(*x, mask)
-    for planted in [[outside(x[0], mask, plant), x[1], x[2]], [x[0], outside(x[1], mask, plant), x[2]],
-                    [x[0], x[1], outside(x[2], mask, plant)], [outside(y, mask, plant) for y in x]]:
+    for planted in [
+        [outside(x[0], mask, plant), x[1], x[2]],
+        [x[0], outside(x[1], mask, plant), x[2]],
+        [x[0], x[1], outside(x[2], mask, plant)],
+        [outside(y, mask, plant) for y in x],
+    ]:
         for result, wanted in zip(function(*planted, mask), expected):
             assert_same(result, wanted)
 
@@ -97,16 +115,17 @@ def test_a_mask_of_numbers_is_as_good_as_one_of_bools(function, dtype):
 # ----------------------------------------------------------------------------------------------------------------------
 # Means and whitening
 
+
 def test_masked_mean_is_one_mean_over_tokens_not_a_mean_of_row_means():
     x = f64([1, 2, 100], [6, 100, 100])
-    assert masked_mean(x, torch.tensor([[1, 1, 0], [1, 0, 0]])).item() == 3.0          # (1 + 2 + 6) / 3, not (1.5 + 6) / 2
+    assert masked_mean(x, torch.tensor([[1, 1, 0], [1, 0, 0]])).item() == 3.0  # (1 + 2 + 6) / 3, not (1.5 + 6) / 2
 
 
 def test_masked_whiten_by_hand():
-    x = f64([1, 3, 50], [50, 5, 7])                       # 1, 3, 5, 7: mean 4, biased variance (9 + 1 + 1 + 9) / 4 = 5
+    x = f64([1, 3, 50], [50, 5, 7])  # 1, 3, 5, 7: mean 4, biased variance (9 + 1 + 1 + 9) / 4 = 5
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
     assert_near(masked_whiten(x, mask), f64([-3, -1, 0], [0, 1, 3]) / math.sqrt(5), 1e-8)
-    kept = f64([4 - 3 / 5 ** .5, 4 - 1 / 5 ** .5, 0], [0, 4 + 1 / 5 ** .5, 4 + 3 / 5 ** .5])
+    kept = f64([4 - 3 / 5**0.5, 4 - 1 / 5**0.5, 0], [0, 4 + 1 / 5**0.5, 4 + 3 / 5**0.5])
     assert_near(masked_whiten(x, mask, shift_mean=False), kept, 1e-8)
 
 
@@ -115,7 +134,7 @@ def test_whitened_tokens_have_mean_0_and_biased_variance_1(seed):
     mask, x = segments(seed, 4, 6), 3 + randn(seed + 50, 4, 6, scale=7)
     white = masked_whiten(x, mask)[mask].numpy()
     assert_near(white.mean(), 0)
-    assert_near(white.var(), 1, 1e-8)                     # numpy divides by N, as the official code does
+    assert_near(white.var(), 1, 1e-8)  # numpy divides by N, as the official code does
     kept = masked_whiten(x, mask, shift_mean=False)[mask].numpy()
     assert_near(kept.mean(), x[mask].mean())
     assert_near(kept.var(), 1, 1e-8)
@@ -128,15 +147,20 @@ def test_whitening_a_constant_gives_zeros_not_nan():
 # ----------------------------------------------------------------------------------------------------------------------
 # Rewards
 
-@pytest.mark.parametrize("case, mask, last", [
-    ("EOS early", [1, 1, 1, 0, 0], 2),
-    ("EOS in the last column, or no EOS at all", [1, 1, 1, 1, 1], 4),
-    ("EOS at once", [1, 0, 0, 0, 0], 0),
-    ("reset prefix, EOS early", [0, 0, 1, 1, 0], 3),
-    ("reset prefix, to the end", [0, 1, 1, 1, 1], 4),
-    ("reset prefix, one token left", [0, 0, 0, 0, 1], 4)])
+
+@pytest.mark.parametrize(
+    "case, mask, last",
+    [
+        ("EOS early", [1, 1, 1, 0, 0], 2),
+        ("EOS in the last column, or no EOS at all", [1, 1, 1, 1, 1], 4),
+        ("EOS at once", [1, 0, 0, 0, 0], 0),
+        ("reset prefix, EOS early", [0, 0, 1, 1, 0], 3),
+        ("reset prefix, to the end", [0, 1, 1, 1, 1], 4),
+        ("reset prefix, one token left", [0, 0, 0, 0, 1], 4),
+    ],
+)
 def test_the_score_lands_on_the_last_masked_token(case, mask, last):
-    mask = torch.tensor([mask, [1, 1, 0, 0, 0]])                               # beside another row, which keeps its own
+    mask = torch.tensor([mask, [1, 1, 0, 0, 0]])  # beside another row, which keeps its own
     rewards = penalised_rewards(f64(7, -3), torch.zeros(2, 5).double(), torch.zeros(2, 5).double(), mask, 0.05)
     expected = torch.zeros(2, 5).double()
     expected[0, last], expected[1, 1] = 7, -3
@@ -176,6 +200,7 @@ def test_without_critic_and_discount_the_advantage_is_the_score_less_the_price_o
 # ----------------------------------------------------------------------------------------------------------------------
 # Generalised advantage estimation
 
+
 def test_gae_by_hand():
     # gamma = 0.5, lam = 0.5, rewards 1, 2, 4, values 2, 4, 8:
     #   delta_2 = 4             - 8 = -4        A_2 = -4                      return_2 = -4     + 8 = 4
@@ -192,7 +217,7 @@ def test_gae_is_the_double_sum_of_discounted_td_errors(gamma, lam):
     expected = np.zeros((6, 9))
     for b in range(6):
         steps = [t for t in range(9) if mask[b, t]]
-        V = {t: values[b, t].item() for t in steps}                            # 0 after the last step
+        V = {t: values[b, t].item() for t in steps}  # 0 after the last step
         delta = {t: rewards[b, t].item() + gamma * V.get(t + 1, 0.0) - V[t] for t in steps}
         for t in steps:
             expected[b, t] = sum((gamma * lam) ** (u - t) * delta[u] for u in steps if u >= t)
@@ -222,12 +247,13 @@ def test_rows_of_gae_know_nothing_of_one_another():
     mask, rewards, values = segments(11, 6, 9), randn(12, 6, 9), randn(13, 6, 9)
     together = gae(rewards, values, mask, 0.9, 0.7)
     for b in range(6):
-        for result, alone in zip(together, gae(rewards[b:b + 1], values[b:b + 1], mask[b:b + 1], 0.9, 0.7)):
-            assert_same(result[b:b + 1], alone)
+        for result, alone in zip(together, gae(rewards[b : b + 1], values[b : b + 1], mask[b : b + 1], 0.9, 0.7)):
+            assert_same(result[b : b + 1], alone)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # PPO's policy loss
+
 
 def policy_case(seed):
     """-> logprobs, old_logprobs, advantages, mask: (20, 10), ratios about exp(+-0.5)."""
@@ -242,9 +268,9 @@ def slow_policy_loss(logprobs, old_logprobs, advantages, mask, eps):
         A, rho = advantages[b, t].item(), math.exp(logprobs[b, t].item() - old_logprobs[b, t].item())
         where = "below" if rho < 1 - eps else "above" if rho > 1 + eps else "inside"
         branches.add((A > 0, where))
-        if A > 0 and where == "above":                                         # good already made likelier: no more
+        if A > 0 and where == "above":  # good already made likelier: no more
             total, clipped = total - A * (1 + eps), clipped + 1
-        elif A < 0 and where == "below":                                       # bad already made unlikelier: no more
+        elif A < 0 and where == "below":  # bad already made unlikelier: no more
             total, clipped = total - A * (1 - eps), clipped + 1
         else:
             total, gradient[b, t] = total - A * rho, -A * rho / N
@@ -265,11 +291,11 @@ def test_ppo_policy_loss_by_hand():
 def test_ppo_policy_loss_and_its_gradient_are_those_of_a_slow_loop(seed):
     logprobs, old_logprobs, advantages, mask = policy_case(seed)
     wanted_loss, wanted_clipfrac, wanted_gradient, branches = slow_policy_loss(logprobs, old_logprobs, advantages, mask, 0.2)
-    assert len(branches) == 6                             # the case meets A > 0 and A < 0, below, inside and above the range
+    assert len(branches) == 6  # the case meets A > 0 and A < 0, below, inside and above the range
     loss, clipfrac = ppo_policy_loss(logprobs.requires_grad_(), old_logprobs, advantages, mask, 0.2)
     loss.backward()
     assert_near(loss.detach(), wanted_loss)
-    assert_near(clipfrac, wanted_clipfrac, 1e-6)                               # clipfrac is a float32
+    assert_near(clipfrac, wanted_clipfrac, 1e-6)  # clipfrac is a float32
     assert_near(logprobs.grad, wanted_gradient)
 
 
@@ -347,7 +373,7 @@ def test_ppo_value_loss_is_that_of_a_slow_loop(seed):
 def test_no_value_counts_as_clipped_while_all_stay_in_range():
     old_values, returns = randn(1, 50, 50), randn(2, 50, 50)
     values = old_values + 0.19 * torch.tanh(randn(3, 50, 50))
-    x = [y.float() for y in (values, old_values, returns)]                     # as in training, where rounding is not clipping
+    x = [y.float() for y in (values, old_values, returns)]  # as in training, where rounding is not clipping
     assert ppo_value_loss(*x, torch.ones(50, 50), 0.2)[1].item() == 0
 
 
@@ -366,6 +392,7 @@ def test_what_lies_outside_the_mask_does_not_reach_the_value_gradient(plant):
 # ----------------------------------------------------------------------------------------------------------------------
 # Micro-batches
 
+
 @pytest.mark.parametrize("loss_function", [ppo_policy_loss, ppo_value_loss])
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_micro_batching_does_not_change_the_gradient(loss_function, micro_batch):
@@ -373,7 +400,7 @@ def test_micro_batching_does_not_change_the_gradient(loss_function, micro_batch)
 
     def gradient(chunks, weight):
         leaf = x.clone().requires_grad_()
-        for chunk in chunks:                              # as train_drpo: backward per chunk, gradients add up
+        for chunk in chunks:  # as train_drpo: backward per chunk, gradients add up
             loss, _ = loss_function(leaf[chunk], old[chunk], target[chunk], mask[chunk], 0.2)
             (loss * weight(chunk)).backward()
         return leaf.grad
@@ -381,27 +408,30 @@ def test_micro_batching_does_not_change_the_gradient(loss_function, micro_batch)
     rows = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     whole, chunks = gradient([rows], lambda chunk: 1.0), rows.split(micro_batch)
     assert_near(gradient(chunks, lambda chunk: mask[chunk].sum().double() / mask.sum()), whole, 1e-12)
-    means_of_means = gradient(chunks, lambda chunk: 1 / len(chunks))           # the official code: not the same
+    means_of_means = gradient(chunks, lambda chunk: 1 / len(chunks))  # the official code: not the same
     assert (means_of_means - whole).abs().max() > 0.1 * whole.abs().max()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The reward model's loss, Eq. (1)
 
+
 def minimise(loss_of, size, lr, steps=500):
     """Plain gradient descent from 0."""
     w = torch.zeros(size, dtype=torch.float64, requires_grad=True)
     for _ in range(steps):
-        gradient, = torch.autograd.grad(loss_of(w), w)
+        (gradient,) = torch.autograd.grad(loss_of(w), w)
         w = (w - lr * gradient).detach().requires_grad_()
     return w.detach()
 
 
 def test_bradley_terry_loss_by_hand():
-    assert_near(bradley_terry_loss(f64(3), f64(3)), math.log(2))                          # a coin
+    assert_near(bradley_terry_loss(f64(3), f64(3)), math.log(2))  # a coin
     assert_near(bradley_terry_loss(f64(1), f64(0)), math.log(1 + math.exp(-1)))
-    assert_near(bradley_terry_loss(f64(1, 0), f64(0, 1)),                                 # the mean of the two
-                (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2)
+    assert_near(
+        bradley_terry_loss(f64(1, 0), f64(0, 1)),  # the mean of the two
+        (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2,
+    )
 
 
 def test_bradley_terry_loss_sees_only_differences():
@@ -414,19 +444,20 @@ def test_bradley_terry_loss_finds_the_log_odds_of_winning():
     share = a_wins.double().mean().item()
     assert 0.5 < share < 1
 
-    def loss_of(w):                                       # item a scores w, item b scores 0
+    def loss_of(w):  # item a scores w, item b scores 0
         return bradley_terry_loss(torch.where(a_wins, w, 0.0), torch.where(a_wins, 0.0, w))
+
     assert_near(minimise(loss_of, 1, lr=4), [math.log(share / (1 - share))], 1e-9)
 
 
 def test_bradley_terry_loss_has_the_optimum_of_logistic_regression():
-    first, second = randn(1, 150, 3), randn(2, 150, 3)    # features of two responses; the truth w = (1, -2, 0.5) is noisy
+    first, second = randn(1, 150, 3), randn(2, 150, 3)  # features of two responses; the truth w = (1, -2, 0.5) is noisy
     p = torch.sigmoid((first - second) @ f64(1, -2, 0.5))
     first_wins = (torch.rand(150, generator=torch.Generator().manual_seed(3)) < p)[:, None]
     chosen, rejected = torch.where(first_wins, first, second), torch.where(first_wins, second, first)
 
     x, y, w = (first - second).numpy(), first_wins[:, 0].numpy().astype(float), np.zeros(3)
-    for _ in range(25):                                   # Newton's method on the log-likelihood of labels y
+    for _ in range(25):  # Newton's method on the log-likelihood of labels y
         p = 1 / (1 + np.exp(-x @ w))
         w += np.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]), x.T @ (y - p))
     assert_near(minimise(lambda w: bradley_terry_loss(chosen @ w, rejected @ w), 3, lr=4), w, 1e-8)
@@ -445,11 +476,12 @@ def test_a_hopeless_pair_costs_its_margin_not_infinity():
 # ----------------------------------------------------------------------------------------------------------------------
 # Reset lengths
 
+
 def draw(lengths, beta, include_zero=False, seed=0):
     return sample_reset_lengths(torch.as_tensor(lengths), beta, torch.Generator().manual_seed(seed), include_zero)
 
 
-CHI_SQUARE_999 = {4: 18.467, 5: 20.515}                   # 99.9 % quantiles by degrees of freedom
+CHI_SQUARE_999 = {4: 18.467, 5: 20.515}  # 99.9 % quantiles by degrees of freedom
 
 
 @pytest.mark.parametrize("include_zero", [False, True], ids=["1..n", "0..n"])
@@ -457,8 +489,8 @@ CHI_SQUARE_999 = {4: 18.467, 5: 20.515}                   # 99.9 % quantiles by 
 def test_prefix_lengths_are_uniform(beta, include_zero):
     n, rows = 5, 20000
     counts = np.bincount(draw([n] * rows, beta, include_zero).numpy(), minlength=n + 1)
-    each = beta / (n + include_zero)                      # probability of one length, among all rows
-    probability = [1 - beta + each * include_zero] + [each] * n                # a row that is not reset has 0 as well
+    each = beta / (n + include_zero)  # probability of one length, among all rows
+    probability = [1 - beta + each * include_zero] + [each] * n  # a row that is not reset has 0 as well
     possible = [k for k in range(n + 1) if probability[k] > 0]
     assert len(counts) == n + 1 and counts[possible].sum() == rows
     statistic = sum((counts[k] - rows * probability[k]) ** 2 / (rows * probability[k]) for k in possible)
@@ -468,7 +500,7 @@ def test_prefix_lengths_are_uniform(beta, include_zero):
 def test_each_prefix_is_drawn_from_its_own_reference():
     n = torch.arange(1, 7).repeat(5000)
     lengths = draw(n, 1.0)
-    for k in range(1, 7):                                 # uniform on 1..k: mean (k + 1) / 2, variance (k^2 - 1) / 12
+    for k in range(1, 7):  # uniform on 1..k: mean (k + 1) / 2, variance (k^2 - 1) / 12
         drawn = lengths[n == k].double()
         assert set(drawn.tolist()) == set(range(1, k + 1))
         assert abs(drawn.mean() - (k + 1) / 2) <= 5 * math.sqrt((k * k - 1) / 12 / 5000)
@@ -510,17 +542,18 @@ def test_the_generator_alone_decides_the_resets():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     assert_same(draw([20] * 100, 0.5, seed=1), first)
-    assert_same(torch.get_rng_state(), before)            # nothing is taken from the global generator
+    assert_same(torch.get_rng_state(), before)  # nothing is taken from the global generator
     assert not torch.equal(draw([20] * 100, 0.5, seed=2), first)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # DPO
 
+
 def test_dpo_loss_is_its_definition():
     policy_chosen, policy_rejected, ref_chosen, ref_rejected = x = [randn(seed, 12, scale=5) for seed in range(4)]
     pc, pr, rc, rr = [y.numpy() for y in x]
-    expected = 0.3 * (np.log(np.exp(pc) / np.exp(rc)) - np.log(np.exp(pr) / np.exp(rr)))         # Rafailov et al. (7)
+    expected = 0.3 * (np.log(np.exp(pc) / np.exp(rc)) - np.log(np.exp(pr) / np.exp(rr)))  # Rafailov et al. (7)
     loss, margins = dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, 0.3)
     assert_near(margins, expected)
     assert_near(loss, np.mean(-np.log(1 / (1 + np.exp(-expected)))))
@@ -544,17 +577,17 @@ def test_dpo_pushes_chosen_up_as_hard_as_it_pushes_rejected_down():
     chosen, rejected, ref_chosen, ref_rejected = [randn(seed, 12, scale=5) for seed in range(4)]
     loss, margins = dpo_loss(chosen.requires_grad_(), rejected.requires_grad_(), ref_chosen, ref_rejected, 0.3)
     loss.backward()
-    assert_near(chosen.grad, -0.3 * torch.sigmoid(-margins.detach()) / 12)     # hardest where the margin is most wrong
+    assert_near(chosen.grad, -0.3 * torch.sigmoid(-margins.detach()) / 12)  # hardest where the margin is most wrong
     assert_near(chosen.grad, -rejected.grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Which tokens are learned from
 
+
 def test_token_masks_of_two_rows_by_hand():
-    reset_len, response_len = torch.tensor([2, 0]), torch.tensor([5, 3])       # row 0: the drawing at the top of drpo.py
-    wanted = torch.tensor([[0, 0, 1, 1, 1, 0],
-                           [1, 1, 1, 0, 0, 0]]).bool()
+    reset_len, response_len = torch.tensor([2, 0]), torch.tensor([5, 3])  # row 0: the drawing at the top of drpo.py
+    wanted = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).bool()
     for mask in token_masks(reset_len, response_len, 6):
         assert_same(mask, wanted)
 
@@ -563,9 +596,16 @@ def test_official_token_masks_of_two_rows_by_hand():
     reset_len, response_len = torch.tensor([2, 0]), torch.tensor([5, 3])
     sampled, policy_loss, rest = token_masks(reset_len, response_len, 6, "official")
     assert_same(sampled, token_masks(reset_len, response_len, 6)[0])
-    assert_same(policy_loss, torch.tensor([[0, 0, 1, 1, 1, 1],                 # no prefix, but all that follows EOS
-                                           [1, 1, 1, 1, 1, 1]]).bool())
-    assert_same(rest, torch.ones(2, 6).bool())                                 # and the prefix too
+    assert_same(
+        policy_loss,
+        torch.tensor(
+            [
+                [0, 0, 1, 1, 1, 1],  # no prefix, but all that follows EOS
+                [1, 1, 1, 1, 1, 1],
+            ]
+        ).bool(),
+    )
+    assert_same(rest, torch.ones(2, 6).bool())  # and the prefix too
 
 
 def test_a_response_that_fills_all_columns_is_masked_to_the_end():

@@ -3,6 +3,7 @@ frozen twins, rollouts, and whole updates of every stage from a tiny run folder.
 
 What is expected comes from plain transformers, one row at a time and without padding, or from a slow loop. Weights are drawn
 large, so that distributions are far from uniform, and the end-of-text token is neither 0 nor the padding token."""
+
 import copy
 import dataclasses
 import json
@@ -19,8 +20,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
-                          GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import drpo
 from tools import memory, rollout_check
@@ -28,18 +39,30 @@ from tools import memory, rollout_check
 NAN = float("nan")
 WORDS = ["[UNK]", "[PAD]", "the", "<|endoftext|>", "good", *(f"w{i}" for i in range(59))]
 VOCABULARY, PAD, EOS = len(WORDS), 1, 3
-T = 8                                                                 # tokens of a response in the tiny runs
+T = 8  # tokens of a response in the tiny runs
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The tiny networks, tokenizer and corpus, as `module:function` sources of this very file
 
+
 def tiny(Config, Model, seed, **kwargs):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Model(Config(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                            max_position_embeddings=64, initializer_range=0.3, bos_token_id=EOS, eos_token_id=EOS,
-                            pad_token_id=PAD, **kwargs)).eval()
+        return Model(
+            Config(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                initializer_range=0.3,
+                bos_token_id=EOS,
+                eos_token_id=EOS,
+                pad_token_id=PAD,
+                **kwargs,
+            )
+        ).eval()
 
 
 def gpt_neox(seed=0):
@@ -94,15 +117,52 @@ def other_pairs(split, seed):
 
 def settings(run_dir="unused", **changes):
     """Whatever the presets say: all that bears on these runs is given."""
-    here = {name: f"{__name__}:{function}" for name, function in [
-        ("model", "gpt_neox"), ("tokenizer", "tokenizer"), ("dataset", "rows"), ("preference_dataset", "pairs")]}
-    given = {"run_dir": run_dir, "device": "cpu", "dtype": "float32", **here, "query_length": 8, "response_length": T,
-             "preference_length": 10, "max_grad_norm": 1.0, "supervised_lora_r": 0, "micro_batch": 8, "save_every": 1,
-             "sft_steps": 3, "sft_lr": 1e-2, "sft_batch_size": 8, "rm_steps": 3, "rm_lr": 3e-3, "rm_batch_size": 8,
-             "updates": 1, "lora_r": 0, "batch_size": 8, "lr": 3e-3, "beta": 0.5, "reset_to": "reference",
-             "temperature": 0.7, "epochs": 2, "kl_coef": 0.05, "cliprange_value": 0.2, "whiten_rewards": False,
-             "missing_eos_score": -1.0, "dpo_beta": 0.05, "dpo_lr": 3e-3, "dpo_batch_size": 8,
-             "eval_samples": 16, "eval_temperature": 0.7, **changes}
+    here = {
+        name: f"{__name__}:{function}"
+        for name, function in [
+            ("model", "gpt_neox"),
+            ("tokenizer", "tokenizer"),
+            ("dataset", "rows"),
+            ("preference_dataset", "pairs"),
+        ]
+    }
+    given = {
+        "run_dir": run_dir,
+        "device": "cpu",
+        "dtype": "float32",
+        **here,
+        "query_length": 8,
+        "response_length": T,
+        "preference_length": 10,
+        "max_grad_norm": 1.0,
+        "supervised_lora_r": 0,
+        "micro_batch": 8,
+        "save_every": 1,
+        "sft_steps": 3,
+        "sft_lr": 1e-2,
+        "sft_batch_size": 8,
+        "rm_steps": 3,
+        "rm_lr": 3e-3,
+        "rm_batch_size": 8,
+        "updates": 1,
+        "lora_r": 0,
+        "batch_size": 8,
+        "lr": 3e-3,
+        "beta": 0.5,
+        "reset_to": "reference",
+        "temperature": 0.7,
+        "epochs": 2,
+        "kl_coef": 0.05,
+        "cliprange_value": 0.2,
+        "whiten_rewards": False,
+        "missing_eos_score": -1.0,
+        "dpo_beta": 0.05,
+        "dpo_lr": 3e-3,
+        "dpo_batch_size": 8,
+        "eval_samples": 16,
+        "eval_temperature": 0.7,
+        **changes,
+    }
     return drpo.parse([f"--{name}={value}" for name, value in given.items()])[1]
 
 
@@ -127,6 +187,7 @@ def start(tmp_path_factory):
         for needed in {"sft": (), "rm": ("sft",)}.get(stage, ("sft", "rm")):
             shutil.copytree(made[model] / needed, Path(folder) / needed)
         return settings(folder, **changes)
+
     return start
 
 
@@ -136,8 +197,10 @@ def outcome(s, stage):
     metrics = [json.loads(line) for line in Path(s.run_dir, stage, "metrics.jsonl").read_text().splitlines()]
     timed = {name for name in metrics[0] if name.startswith("seconds")} | {"tokens_per_second"}
     tensors = load_file(checkpoint / "tensors.safetensors")
-    return ({name.removeprefix("param."): tensor for name, tensor in tensors.items() if name.startswith("param.")},
-            [{name: value for name, value in line.items() if name not in timed} for line in metrics])
+    return (
+        {name.removeprefix("param."): tensor for name, tensor in tensors.items() if name.startswith("param.")},
+        [{name: value for name, value in line.items() if name not in timed} for line in metrics],
+    )
 
 
 def run(stage, s):
@@ -180,7 +243,7 @@ def uniforms(seed, *shape):
 def seen(batch, t_mask):
     """(B, T) over response steps -> (B, Q + T) over the columns at which a forward pass decides those steps."""
     Q, columns = batch["query"].shape[1], torch.zeros(len(t_mask), batch["query"].shape[1] + t_mask.shape[1], dtype=torch.bool)
-    columns[:, Q - 1:-1] = t_mask
+    columns[:, Q - 1 : -1] = t_mask
     return columns
 
 
@@ -207,10 +270,11 @@ each_stage = pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "drpo"])
 # ----------------------------------------------------------------------------------------------------------------------
 # Batches (section 2)
 
+
 def test_each_epoch_of_draw_has_every_row_once_in_an_order_of_its_own():
     rows = list(range(10))
-    drawn = [row for update in range(10) for row in drpo.draw(rows, 4, update, 0, "rl")]         # batches straddle the epochs
-    epochs = [drawn[i:i + 10] for i in range(0, 40, 10)]
+    drawn = [row for update in range(10) for row in drpo.draw(rows, 4, update, 0, "rl")]  # batches straddle the epochs
+    epochs = [drawn[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == rows for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
 
@@ -218,6 +282,7 @@ def test_each_epoch_of_draw_has_every_row_once_in_an_order_of_its_own():
 def test_draw_depends_on_seed_stream_and_update_alone():
     def batch(update=5, seed=0, stream="rl"):
         return drpo.draw(list(range(100)), 20, update, seed, stream)
+
     torch.manual_seed(1)
     first = batch()
     torch.rand(7), random.random()
@@ -249,7 +314,7 @@ def test_micro_batches_hold_every_row_once_and_no_column_of_padding_that_none_of
         assert part["query_mask"][:, 0].any()
         for i, row in enumerate(chunk.tolist()):
             assert part["query"][i][part["query_mask"][i]].tolist() == queries[row]
-            assert part["response"][i, :part["response_len"][i]].tolist() == responses[row]
+            assert part["response"][i, : part["response_len"][i]].tolist() == responses[row]
             visited.append(row)
     assert sorted(visited) == list(range(len(queries)))
 
@@ -269,9 +334,10 @@ def test_a_response_that_is_cut_loses_its_eos():
 # ----------------------------------------------------------------------------------------------------------------------
 # Log-probabilities and scores (section 3)
 
+
 def plain_logprobs(network, query, response, temperature):
     """One row, no padding, nothing but transformers. -> every (t, V), those of the response (t,)."""
-    every = (logits_of(network, query + response)[len(query) - 1:-1] / temperature).log_softmax(-1)
+    every = (logits_of(network, query + response)[len(query) - 1 : -1] / temperature).log_softmax(-1)
     return every, every[torch.arange(len(response)), response]
 
 
@@ -283,16 +349,25 @@ def test_logprobs_of_a_padded_batch_are_those_of_single_rows(make, temperature):
     logprobs, entropy = drpo.response_logprobs(network, batch, temperature)
     for row, (query, response) in enumerate(zip(queries, responses)):
         every, wanted = plain_logprobs(network, query, response, temperature)
-        torch.testing.assert_close(logprobs[row, :len(response)], wanted, rtol=0, atol=1e-5)
-        torch.testing.assert_close(entropy[row, :len(response)], torch.distributions.Categorical(logits=every).entropy(),
-                                   rtol=0, atol=1e-5)
+        torch.testing.assert_close(logprobs[row, : len(response)], wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            entropy[row, : len(response)], torch.distributions.Categorical(logits=every).entropy(), rtol=0, atol=1e-5
+        )
 
 
 def capped(seed=0):
     """Gemma 2, whose logits x leave it as 5 tanh(x / 5)."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
-    return tiny(Gemma2Config, Gemma2ForCausalLM, seed, intermediate_size=64, num_key_value_heads=2, head_dim=8,
-                final_logit_softcapping=5.0)
+
+    return tiny(
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        seed,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=5.0,
+    )
 
 
 def test_a_model_whose_logits_are_not_a_linear_map_of_its_states_is_refused(capsys):
@@ -301,7 +376,7 @@ def test_a_model_whose_logits_are_not_a_linear_map_of_its_states_is_refused(caps
     assert stopped.value.code == 2 and "scaled or capped" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("logits_at_once", [1, 3 * 7, 1000])           # a row at a time, three rows, all eleven
+@pytest.mark.parametrize("logits_at_once", [1, 3 * 7, 1000])  # a row at a time, three rows, all eleven
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 7, dtype=torch.float32)])
 def test_token_logprobs_and_their_gradients_are_those_of_a_log_softmax(monkeypatch, logits_at_once, bias):
     monkeypatch.setattr(drpo, "LOGITS_AT_ONCE", logits_at_once)
@@ -332,6 +407,7 @@ def test_token_logprobs_of_no_token_at_all_are_empty_and_give_a_zero_gradient():
 
 class LargestTensor(TorchDispatchMode):
     """Counts the elements of the largest tensor that any operation makes inside the context."""
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         sizes = [x.numel() for x in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(x, torch.Tensor)]
@@ -344,9 +420,11 @@ def test_scoring_and_its_gradient_hold_logits_of_a_few_rows_only(monkeypatch):
     monkeypatch.setattr(drpo, "LOGITS_AT_ONCE", 4 * VOCABULARY)
     network, (_, _, batch) = gpt_neox(), ragged()
     states = drpo.response_states(network.base_model, batch).detach().requires_grad_()
-    leaf = SimpleNamespace(base_model=lambda **given: SimpleNamespace(last_hidden_state=states),
-                           get_output_embeddings=network.get_output_embeddings)
-    network.requires_grad_(False)                                     # as under LoRA: the head is frozen
+    leaf = SimpleNamespace(
+        base_model=lambda **given: SimpleNamespace(last_hidden_state=states),
+        get_output_embeddings=network.get_output_embeddings,
+    )
+    network.requires_grad_(False)  # as under LoRA: the head is frozen
     with LargestTensor() as largest:
         drpo.sequence_logprobs(leaf, batch).sum().backward()
     assert largest.numel <= max(2 * 4 * VOCABULARY, VOCABULARY * 32, states.numel())  # the buffers, W transposed, the states
@@ -370,11 +448,16 @@ def test_logprobs_would_show_a_forgotten_attention_mask(make, monkeypatch):
 def test_what_stands_in_the_padding_never_matters():
     network, head, (_, _, batch) = gpt_neox(), drpo.scalar_head(torch.ones(1, 32)), ragged()
     noise = torch.randint(VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
-    other = {**batch, "query": torch.where(batch["query_mask"], batch["query"], noise[:, :9]),
-             "response": torch.where(drpo.response_mask(batch), batch["response"], noise[:, 9:])}
+    other = {
+        **batch,
+        "query": torch.where(batch["query_mask"], batch["query"], noise[:, :9]),
+        "response": torch.where(drpo.response_mask(batch), batch["response"], noise[:, 9:]),
+    }
     assert not torch.equal(batch["query"], other["query"]) and not torch.equal(batch["response"], other["response"])
-    for result in (lambda batch: drpo.sequence_logprobs(network, batch),
-                   lambda batch: drpo.end_scores(network.base_model, head, batch)):
+    for result in (
+        lambda batch: drpo.sequence_logprobs(network, batch),
+        lambda batch: drpo.end_scores(network.base_model, head, batch),
+    ):
         torch.testing.assert_close(result(batch), result(other), rtol=0, atol=2e-5)
 
 
@@ -386,7 +469,7 @@ def test_the_score_is_the_head_on_the_state_at_the_last_token_of_the_single_row(
     states, scores = drpo.response_states(backbone, batch), drpo.end_scores(backbone, head, batch)
     for row, (query, response) in enumerate(zip(queries, responses)):
         single = backbone(torch.tensor([query + response])).last_hidden_state[0]
-        torch.testing.assert_close(states[row, :len(response) + 1], single[len(query) - 1:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[row, : len(response) + 1], single[len(query) - 1 :], rtol=0, atol=1e-5)
         torch.testing.assert_close(scores[row], head(single[-1])[0], rtol=0, atol=1e-5)
 
 
@@ -406,14 +489,17 @@ def test_a_saved_reward_model_gives_its_scores_with_transformers_alone(start, tm
 def test_references_score_0_on_average_at_their_last_token(start, tmp_path):
     start(tmp_path)
     loaded, words = AutoModelForSequenceClassification.from_pretrained(f"{tmp_path}/rm").eval(), tokenizer()
-    scores = [logits_of(loaded, words(row["prompt"])["input_ids"][-8:] + drpo.encode_response(row["reference"], words, T))
-              for row in rows("train", 0)]
+    scores = [
+        logits_of(loaded, words(row["prompt"])["input_ids"][-8:] + drpo.encode_response(row["reference"], words, T))
+        for row in rows("train", 0)
+    ]
     assert abs(loaded.config.reward_bias) > 0.02
     assert torch.cat(scores).mean().item() == pytest.approx(loaded.config.reward_bias, abs=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Frozen twins (section 3)
+
 
 @with_and_without_lora
 @pytest.mark.parametrize("make", [gpt_neox, llama], ids=lambda make: make.__name__)
@@ -429,7 +515,7 @@ def test_the_reference_is_the_sft_network_before_and_after_training(make, lora_r
         wanted, _ = drpo.response_logprobs(original, batch)
         with reference() as network:
             assert torch.equal(drpo.response_logprobs(network, batch)[0], wanted)
-        assert (drpo.response_logprobs(policy, batch)[0] - wanted).abs().max() > 0.1             # and the adapter is on again
+        assert (drpo.response_logprobs(policy, batch)[0] - wanted).abs().max() > 0.1  # and the adapter is on again
 
 
 @with_and_without_lora
@@ -444,7 +530,7 @@ def test_the_reward_stays_while_the_critic_trains(start, tmp_path, lora_r):
 
     with torch.no_grad(), reward() as network:
         before = drpo.end_scores(network, reward_head, batch)
-        assert torch.equal(values()[torch.arange(6), batch["response_len"]], before)             # the critic starts as it
+        assert torch.equal(values()[torch.arange(6), batch["response_len"]], before)  # the critic starts as it
     train_a_little([*critic.parameters(), *value_head.parameters()], lambda: (values() - 5.0).pow(2).mean())
     with torch.no_grad(), reward() as network:
         assert torch.equal(drpo.end_scores(network, reward_head, batch), before)
@@ -470,10 +556,11 @@ def test_a_fresh_adapter_leaves_everything_else_frozen():
 # ----------------------------------------------------------------------------------------------------------------------
 # Rollouts (section 5)
 
+
 def slow_rollout(network, query, prefix, uniforms, temperature, stop_at_eos=True):
     """One row, the whole forward pass anew for each token: the first whose cumulative probability exceeds the uniform."""
     ids = list(prefix)
-    while len(ids) < len(uniforms) and not (stop_at_eos and EOS in ids[len(prefix):]):
+    while len(ids) < len(uniforms) and not (stop_at_eos and EOS in ids[len(prefix) :]):
         cdf = (logits_of(network, query + ids)[-1] / temperature).softmax(-1).cumsum(-1)
         ids.append(int((cdf <= uniforms[len(ids)] * cdf[-1]).sum()))
     return ids
@@ -524,7 +611,7 @@ def test_a_rollout_reset_to_a_prefix_of_itself_ends_as_it_did(make):
     network, (queries, _, u) = likely_eos(make()), reset_rows()
     whole = roll(network, queries, [[]] * 9, u)
     for share in (0.0, 0.3, 0.7, 0.99):
-        prefixes = [ids[:int(share * len(ids))] for ids in whole]
+        prefixes = [ids[: int(share * len(ids))] for ids in whole]
         assert roll(network, queries, prefixes, u) == whole
     assert len(set(map(tuple, whole))) > 5
 
@@ -534,7 +621,7 @@ def test_a_rollout_keeps_its_prefix_and_ends_at_eos_or_after_T_tokens():
     responses = roll(network, queries, prefixes, u)
     ended = [ids[-1] == EOS for ids in responses]
     for ids, prefix in zip(responses, prefixes):
-        assert ids[:len(prefix)] == prefix and len(prefix) < len(ids) <= 12
+        assert ids[: len(prefix)] == prefix and len(prefix) < len(ids) <= 12
         assert EOS not in ids[:-1]
         assert ids[-1] == EOS or len(ids) == 12
     assert any(ended) and not all(ended)
@@ -545,7 +632,7 @@ def test_a_rollout_that_does_not_stop_at_eos_has_T_tokens_and_begins_as_the_one_
     network, (queries, prefixes, u) = likely_eos(gpt_neox()), reset_rows()
     stopped, full = [roll(network, queries, prefixes, u, stop_at_eos=stop) for stop in (True, False)]
     assert all(len(ids) == 12 for ids in full)
-    assert [ids[:len(short)] for ids, short in zip(full, stopped)] == stopped
+    assert [ids[: len(short)] for ids, short in zip(full, stopped)] == stopped
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
@@ -574,14 +661,14 @@ def test_the_sampler_draws_from_the_softmax_at_its_temperature():
     tokens = torch.tensor(roll(network, [[5, 6, 7]] * n, [[]] * n, uniforms(0, n, 1), temperature, micro_batch=n))[:, 0]
     counts = torch.bincount(tokens, minlength=VOCABULARY)
 
-    def chi_square(temperature):                                      # of the nine likeliest tokens, and all others as a tenth
+    def chi_square(temperature):  # of the nine likeliest tokens, and all others as a tenth
         p = (logits_of(network, [5, 6, 7])[-1] / temperature).softmax(-1)
         top = p.topk(9).indices
         expected, found = [torch.cat([x[top], x.sum()[None] - x[top].sum()]) for x in (n * p, counts)]
         return ((found - expected) ** 2 / expected).sum()
 
-    assert chi_square(temperature) < 27.88                            # the 99.9 % quantile with 9 degrees of freedom
-    assert chi_square(0.8) > 60                                       # and a wrong temperature shows
+    assert chi_square(temperature) < 27.88  # the 99.9 % quantile with 9 degrees of freedom
+    assert chi_square(0.8) > 60  # and a wrong temperature shows
 
 
 def test_a_token_without_probability_is_never_drawn():
@@ -592,11 +679,11 @@ def test_a_token_without_probability_is_never_drawn():
             logits = probabilities.log().clamp(min=-1e9).expand(len(input_ids), 1, -1)
             return SimpleNamespace(logits=logits, past_key_values=SimpleNamespace(batch_select_indices=lambda keep: None))
 
-    u = torch.tensor([0.0, 0.2, 0.3, 0.7, 0.8, 1 - 2 ** -24])         # the first and last that torch.rand can give
+    u = torch.tensor([0.0, 0.2, 0.3, 0.7, 0.8, 1 - 2**-24])  # the first and last that torch.rand can give
     drawn = roll(Stub(), [[5]] * 6, [[]] * 6, u[:, None], temperature=1.0, micro_batch=6)
     assert drawn == [[1], [1], [2], [2], [4], [4]]
 
-    for n in range(100, 200):                                         # rounding: for many n these add up to less than 1
+    for n in range(100, 200):  # rounding: for many n these add up to less than 1
         probabilities = torch.cat([torch.ones(n) / n, torch.zeros(1)])
         assert roll(Stub(), [[5]], [[]], u[-1:, None], temperature=1.0) == [[n - 1]]
 
@@ -620,6 +707,7 @@ def test_positions_that_are_wrong_in_decoding_fail_the_check_of_rollouts(make, c
         if kwargs.get("past_key_values") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + 1
         return args, kwargs
+
     network.register_forward_pre_hook(one_further, with_kwargs=True)
     responses = roll(network, queries, prefixes, u)
     assert responses != sound
@@ -636,17 +724,19 @@ def test_the_check_of_rollouts_forgives_rounding_and_no_more(capsys):
     """A uniform a little beyond the step between two tokens may draw either; one that is far from it, only its own."""
     network, query = gpt_neox(), [5, 6, 7]
     cdf = (logits_of(network, query)[-1].double() / 0.7).softmax(-1).cumsum(-1)
-    token = int(torch.diff(cdf).argmax())                             # the next one has the most probability
+    token = int(torch.diff(cdf).argmax())  # the next one has the most probability
     for beyond, fine in ((1e-5, True), (1e-2, False)):
         given = [query], [[]], [[token, 9]], torch.tensor([[cdf[token] + beyond, 0.5]]).float()
-        given[3][0, 1] = ((logits_of(network, query + [token])[-1] / 0.7).softmax(-1).cumsum(-1)[8:10].mean())
+        given[3][0, 1] = (logits_of(network, query + [token])[-1] / 0.7).softmax(-1).cumsum(-1)[8:10].mean()
         if fine:
             rollout_check.check(network, *given, tokenizer(), settings())
             assert "; 1 of them within rounding" in capsys.readouterr().out
         else:
             with pytest.raises(SystemExit):
                 rollout_check.check(network, *given, tokenizer(), settings())
-            assert f"row 0: response token 0 is {token}, where a plain forward pass draws {token + 1}" in capsys.readouterr().err
+            assert (
+                f"row 0: response token 0 is {token}, where a plain forward pass draws {token + 1}" in capsys.readouterr().err
+            )
 
 
 def test_a_run_checks_the_rollouts_of_every_update(start, tmp_path, capsys):
@@ -656,6 +746,7 @@ def test_a_run_checks_the_rollouts_of_every_update(start, tmp_path, capsys):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What gets a gradient
+
 
 def sampled_mask(batch):
     """Resets of 0 to 4 tokens for the six rows of `ragged`."""
@@ -667,11 +758,11 @@ def test_only_the_decisions_that_the_policy_sampled_get_a_policy_gradient():
     mask, advantages, body = sampled_mask(batch), torch.linspace(-2, 3, 42).reshape(6, 7), network.base_model
 
     def with_leaf(**given):
-        with_leaf.states = body(**given).last_hidden_state.detach().requires_grad_()             # over all columns
+        with_leaf.states = body(**given).last_hidden_state.detach().requires_grad_()  # over all columns
         return SimpleNamespace(last_hidden_state=with_leaf.states)
 
     leaf = SimpleNamespace(base_model=with_leaf, get_output_embeddings=network.get_output_embeddings)
-    for given in (None, mask):                                        # computed on the whole response, or where it is needed
+    for given in (None, mask):  # computed on the whole response, or where it is needed
         logprobs, _ = drpo.response_logprobs(leaf, batch, 0.7, given)
         drpo.ppo_policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2)[0].backward()
         touched = (with_leaf.states.grad != 0).any(-1)
@@ -712,6 +803,7 @@ def test_nan_outside_the_mask_does_not_reach_the_networks_gradient():
 # ----------------------------------------------------------------------------------------------------------------------
 # The stages (section 6): what they optimise
 
+
 def test_the_sft_loss_is_the_mean_cross_entropy_of_all_tokens_of_single_rows(start, tmp_path):
     _, metrics = run("sft", start(tmp_path, "sft", sft_steps=1, micro_batch=3))
     network, words, losses = gpt_neox(0), tokenizer(), []
@@ -734,9 +826,11 @@ def test_the_reward_model_separates_separable_pairs(marked_run):
     assert result["accuracy"] > 0.9
     assert result["accuracy_by_batch"] == {"all": {"right": round(result["accuracy"] * 40), "pairs": 40}}
     words, reward = tokenizer(), AutoModelForSequenceClassification.from_pretrained(f"{marked_run.run_dir}/rm").eval()
-    for row in pairs("validation", 0)[:10]:                           # and with transformers alone it is the chosen that wins
-        chosen, rejected = [logits_of(reward, words(f"{row['prompt']} {row[name]} <|endoftext|>")["input_ids"])
-                            for name in ("chosen", "rejected")]
+    for row in pairs("validation", 0)[:10]:  # and with transformers alone it is the chosen that wins
+        chosen, rejected = [
+            logits_of(reward, words(f"{row['prompt']} {row[name]} <|endoftext|>")["input_ids"])
+            for name in ("chosen", "rejected")
+        ]
         assert chosen > rejected
 
 
@@ -769,6 +863,7 @@ def test_dpo_starts_at_log_2_and_learns_separable_pairs(start, tmp_path):
         query, *responses = [words(row[name])["input_ids"] for name in ("prompt", "chosen", "rejected")]
         chosen, rejected = [plain_logprobs(network, query, [*response, EOS], 1.0)[1].sum() for response in responses]
         return chosen - rejected
+
     moved = torch.stack([preference(dpo, row) - preference(sft, row) for row in pairs("validation", 0)[:10]])
     assert moved.mean() > 1.0 and (moved > 0).float().mean() >= 0.8
 
@@ -790,7 +885,7 @@ def test_the_score_lands_on_eos_wherever_it_stands_and_no_eos_costs_the_penalty(
     critic is the reward model, read at the state before each token."""
     s = start(tmp_path, batch_size=3, masking=masking, missing_eos_score=-7.0)
     responses = [[10, 11, EOS], [12, 13, 14, 15, 16, 17, 18, EOS], [19, 20, 21, 22, 23, 24, 25, 26]]
-    after_eos = [[30, EOS, 31, 32, 33], [], []] if masking == "official" else [[], [], []]       # C decodes on after EOS
+    after_eos = [[30, EOS, 31, 32, 33], [], []] if masking == "official" else [[], [], []]  # C decodes on after EOS
     reset_len, seen = torch.tensor([1, 0, 4]), []
     monkeypatch.setattr(drpo, "rollout", lambda *_, **__: [ids + rest for ids, rest in zip(responses, after_eos)])
     monkeypatch.setattr(drpo, "sample_reset_lengths", lambda *_: reset_len)
@@ -805,7 +900,7 @@ def test_the_score_lands_on_eos_wherever_it_stands_and_no_eos_costs_the_penalty(
         with torch.no_grad():
             states = reward.base_model(torch.tensor([query + ids])).last_hidden_state[0]
             every = reward.score(states)[:, 0] - reward.config.reward_bias
-        torch.testing.assert_close(values[i, :len(ids)], every[len(query) - 1:-1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(values[i, : len(ids)], every[len(query) - 1 : -1], rtol=0, atol=1e-5)
         scores.append(every[-1].item() if EOS in ids else -7.0)
     wanted = torch.zeros(3, T)
     wanted[0, 2], wanted[1, 7], wanted[2, 7] = torch.tensor(scores)
@@ -820,9 +915,9 @@ def test_the_score_lands_on_eos_wherever_it_stands_and_no_eos_costs_the_penalty(
 def test_the_first_pass_over_a_batch_meets_the_policy_and_the_values_that_it_was_collected_with(start, tmp_path, lora_r):
     _, [line] = run("drpo", start(tmp_path, lora_r=lora_r, epochs=1, temperature=0.6))
     assert line["ratio"] == pytest.approx(1.0, abs=1e-5)
-    for name in ("kl", "approx_kl", "approx_kl3", "clipfrac", "vf_clipfrac", "pg_loss"):         # whitened, A is 0 on average
+    for name in ("kl", "approx_kl", "approx_kl3", "clipfrac", "vf_clipfrac", "pg_loss"):  # whitened, A is 0 on average
         assert line[name] == pytest.approx(0.0, abs=1e-4), name
-    n = line["tokens_decoded"]                                        # V - R is -A
+    n = line["tokens_decoded"]  # V - R is -A
     mean_square = line["advantage_std"] ** 2 * (n - 1) / n + line["advantage_mean"] ** 2
     assert line["vf_loss"] == pytest.approx(0.5 * mean_square, rel=1e-4)
 
@@ -834,6 +929,7 @@ def test_rollouts_start_with_a_prefix_of_the_response_that_is_reset_to(start, tm
     def recorded(policy, queries, prefixes, *rest, **kwargs):
         calls.append((queries, prefixes))
         return original(policy, queries, prefixes, *rest, **kwargs)
+
     monkeypatch.setattr(drpo, "rollout", recorded)
     _, metrics = run("drpo", s)
     words, source = tokenizer(), rows("train", 0) if reset_to == "reference" else pairs("train", 0)
@@ -842,13 +938,14 @@ def test_rollouts_start_with_a_prefix_of_the_response_that_is_reset_to(start, tm
         responses.setdefault(tuple(words(row["prompt"])["input_ids"][-8:]), []).append(words(row[reset_to])["input_ids"])
     for query, prefix in zip(*calls[0]):
         assert 1 <= len(prefix) <= T - 1
-        assert prefix in [ids[:len(prefix)] for ids in responses[tuple(query)]]
+        assert prefix in [ids[: len(prefix)] for ids in responses[tuple(query)]]
     assert metrics[0]["reset_share"] == 1.0
     assert metrics[0]["tokens_forced"] == sum(map(len, calls[0][1]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The stages: micro-batches, beta = 0, interruption
+
 
 @each_stage
 def test_micro_batch_changes_neither_gradient_nor_weights_nor_metrics(start, tmp_path, monkeypatch, stage):
@@ -858,12 +955,22 @@ def test_micro_batch_changes_neither_gradient_nor_weights_nor_metrics(start, tmp
         params = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
         gradients.append({i: p.grad.clone() for i, p in enumerate(params)})
         return original(optimizer, s, where, batch)
+
     monkeypatch.setattr(drpo, "step", recorded)
 
     def once(micro_batch):
         gradients.clear()
-        s = start(tmp_path / str(micro_batch), stage, micro_batch=micro_batch, sft_steps=1, sft_lr=3e-3, rm_steps=1,
-                  rm_batch_size=7, dpo_batch_size=7, whiten_rewards=True)          # 7 pairs: 4 and 3, or one by one
+        s = start(
+            tmp_path / str(micro_batch),
+            stage,
+            micro_batch=micro_batch,
+            sft_steps=1,
+            sft_lr=3e-3,
+            rm_steps=1,
+            rm_batch_size=7,
+            dpo_batch_size=7,
+            whiten_rewards=True,
+        )  # 7 pairs: 4 and 3, or one by one
         weights, [metrics] = run(stage, s)
         return gradients[0], weights, metrics
 
@@ -884,10 +991,11 @@ def test_in_float64_no_micro_batch_changes_the_gradient_of_drpo(start, tmp_path,
     def recorded(optimizer, *rest):
         gradients.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"] if p.grad is not None]))
         return original(optimizer, *rest)
+
     s = start(tmp_path, lora_r=lora_r, epochs=1, whiten_rewards=True)
     monkeypatch.setattr(drpo, "step", recorded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    for module in ("drpo", "tools.models"):                           # the latter loads the reward model
+    for module in ("drpo", "tools.models"):  # the latter loads the reward model
         monkeypatch.setattr(f"{module}.load_network", lambda *args, **kwargs: load_network(*args, **kwargs).double())
     torch.set_default_dtype(torch.float64)
     try:
@@ -915,6 +1023,7 @@ def test_beta_0_is_ppo_bit_for_bit(start, tmp_path, lora_r):
 def test_a_run_depends_on_no_random_numbers_but_its_own(start, tmp_path, lora_r):
     def weights(name):
         return run("drpo", start(tmp_path / name, lora_r=lora_r))[0]
+
     torch.manual_seed(1), random.seed(1)
     first = weights("first")
     torch.manual_seed(2), random.seed(2)
@@ -930,9 +1039,14 @@ def test_beta_above_0_is_not_ppo(start, tmp_path):
 
 def test_at_beta_0_what_would_be_reset_to_plays_no_part(start, tmp_path):
     def weights(beta, preference_dataset):
-        s = start(tmp_path / f"{beta} {preference_dataset}", beta=beta, reset_to="chosen",
-                  preference_dataset=f"{__name__}:{preference_dataset}")
+        s = start(
+            tmp_path / f"{beta} {preference_dataset}",
+            beta=beta,
+            reset_to="chosen",
+            preference_dataset=f"{__name__}:{preference_dataset}",
+        )
         return run("drpo", s)[0]
+
     assert_same_weights(weights(0.0, "pairs"), weights(0.0, "other_pairs"))
     assert largest_gap(weights(0.5, "pairs"), weights(0.5, "other_pairs")) > 1e-4
 
@@ -940,8 +1054,10 @@ def test_at_beta_0_what_would_be_reset_to_plays_no_part(start, tmp_path):
 @pytest.mark.parametrize("stage, lora_r", [("sft", 0), ("rm", 0), ("dpo", 0), ("drpo", 0), ("drpo", 4)])
 def test_an_interrupted_stage_goes_on_to_the_same_weights_and_metrics(start, tmp_path, monkeypatch, stage, lora_r):
     """Interrupted in its fourth update, saved after the second: the third is done again, and stands in the log once."""
+
     def begin(name):
         return start(tmp_path / name, stage, updates=4, sft_steps=4, rm_steps=4, save_every=2, lora_r=lora_r)
+
     uninterrupted, s, original = begin("uninterrupted"), begin("interrupted"), drpo.draw
     weights, metrics = run(stage, uninterrupted)
 
@@ -949,6 +1065,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_weights_and_metrics(start, tmp
         if update == 3:
             raise KeyboardInterrupt
         return original(rows, size, update, *rest)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(drpo, "draw", interrupt)
         drpo.run_stage(stage, s)
@@ -973,6 +1090,7 @@ def test_a_checkpoint_of_other_settings_is_not_continued(start, tmp_path, capsys
 # ----------------------------------------------------------------------------------------------------------------------
 # The stages: what they refuse to go on with
 
+
 def stops(capsys, s, *words, stage="drpo"):
     """The stage ends with status 3, and says so in these words, on one line."""
     with pytest.raises(SystemExit) as exit:
@@ -994,6 +1112,7 @@ def test_a_reference_that_is_not_the_sft_network_stops_the_run(start, tmp_path, 
         with torch.no_grad():
             next(trained.parameters()).mul_(1.01)
         return trained, frozen
+
     monkeypatch.setattr(drpo, "twin", mistaken)
     stops(capsys, start(tmp_path), "reference is not the SFT model")
 
@@ -1024,9 +1143,10 @@ def test_dropout_stops_the_run(start, tmp_path, monkeypatch, capsys, other_check
             if isinstance(module, nn.Dropout):
                 module.p = 0.1
         return network
-    for module in ("drpo", "tools.models"):                           # the latter loads the reward model
+
+    for module in ("drpo", "tools.models"):  # the latter loads the reward model
         monkeypatch.setattr(f"{module}.load_network", with_dropout)
-    if not other_checks:                                              # then the ratio alone has to find it
+    if not other_checks:  # then the ratio alone has to find it
         monkeypatch.setattr(drpo, "check_first_update", lambda *_: None)
     stops(capsys, start(tmp_path), *([] if other_checks else ["drpo update 1", "dropout"]))
 
@@ -1042,25 +1162,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(start, 
                     p.data.view(-1)[0] = NAN
                     kept[i] = p, p.detach().clone()
             yield update, optimizer, metrics
+
     monkeypatch.setattr(drpo, "training", planted)
     stops(capsys, s, f"{stage} update 2", "not finite", stage=stage)
     for now, before in kept.values():
         torch.testing.assert_close(now.detach(), before, rtol=0, atol=0, equal_nan=True)
-    weights, metrics = outcome(s, stage)                              # the checkpoint is still that of update 1
+    weights, metrics = outcome(s, stage)  # the checkpoint is still that of update 1
     assert len(metrics) == 1 and all(tensor.isfinite().all() for tensor in weights.values())
     assert not Path(s.run_dir, stage, "result.json").exists()
     assert {"query", "response"} <= load_file(tmp_path / stage / "bad_batch.safetensors").keys()
 
 
-@pytest.mark.parametrize("name, found", [("penalised_rewards", {"rewards", "advantages"}), ("end_scores", {"scores", "rewards"})])
+@pytest.mark.parametrize(
+    "name, found", [("penalised_rewards", {"rewards", "advantages"}), ("end_scores", {"scores", "rewards"})]
+)
 def test_a_reward_that_is_not_a_number_stops_the_run_and_its_batch_is_kept(start, tmp_path, monkeypatch, capsys, name, found):
     s, original = start(tmp_path), getattr(drpo, name)
 
     def planted(*args):
         result = original(*args).clone()
-        if name == "penalised_rewards" or len(result) == 8:           # the rollouts' scores; the check's are of more rows
+        if name == "penalised_rewards" or len(result) == 8:  # the rollouts' scores; the check's are of more rows
             result.view(-1)[-1 if name == "end_scores" else slice(None)] = NAN
         return result
+
     monkeypatch.setattr(drpo, name, planted)
     monkeypatch.setattr(drpo, "check_references", lambda *_: None)
     stops(capsys, s, "drpo update 1", "the gradient", "rewards")
@@ -1070,6 +1194,7 @@ def test_a_reward_that_is_not_a_number_stops_the_run_and_its_batch_is_kept(start
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The stages: what they leave behind
+
 
 @with_and_without_lora
 @both_networks
@@ -1083,10 +1208,11 @@ def test_the_saved_policy_is_the_one_in_memory(start, tmp_path, model, lora_r):
     [ids] = token_lists(0, 20)
     wanted = logits_of(policy, ids)
     saved, sft = [AutoModelForCausalLM.from_pretrained(tmp_path / stage) for stage in ("drpo", "sft")]
-    torch.testing.assert_close(logits_of(saved, ids), wanted, rtol=0, atol=5e-5)                 # merging rounds
+    torch.testing.assert_close(logits_of(saved, ids), wanted, rtol=0, atol=5e-5)  # merging rounds
     assert (logits_of(sft, ids) - wanted).abs().max() > 1e-2
     if lora_r:
         from peft import PeftModel
+
         adapted = PeftModel.from_pretrained(sft, f"{tmp_path}/drpo/adapter")
         torch.testing.assert_close(logits_of(adapted, ids), wanted, rtol=0, atol=5e-5)
 
@@ -1122,7 +1248,7 @@ def test_supervised_stages_with_lora_save_networks_with_the_adapter_merged_in(st
     merged, original = AutoModelForCausalLM.from_pretrained(tmp_path / "sft").state_dict(), gpt_neox(0).state_dict()
     moved = {name for name in merged if (merged[name] - original[name]).abs().max() > 1e-3}
     assert moved == {name for name in original if "query_key_value.weight" in name}
-    words = tokenizer()                                               # the bias was measured with the adapter on
+    words = tokenizer()  # the bias was measured with the adapter on
     scores = drpo.reference_scores(*drpo.load_reward(f"{tmp_path}/rm", s), rows("train", 0), s, words)
     assert scores.mean().item() == pytest.approx(0.0, abs=1e-4)
 
@@ -1130,14 +1256,16 @@ def test_supervised_stages_with_lora_save_networks_with_the_adapter_merged_in(st
 # ----------------------------------------------------------------------------------------------------------------------
 # Activation checkpointing
 
+
 def kept_for_backward(function):
     """Bytes that autograd holds until the backward pass of function(), parameters aside."""
     kept = {}
 
     def pack(x):
         if not isinstance(x, nn.Parameter) and not isinstance(x._base, nn.Parameter):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()          # held, so that no other takes its place
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no other takes its place
         return x
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         function().backward()
     return sum(storage.nbytes() for storage in kept.values())
@@ -1153,6 +1281,7 @@ def test_activation_checkpointing_keeps_less_for_backward_and_changes_no_gradien
         network.zero_grad()
         kept = kept_for_backward(lambda: drpo.response_logprobs(network, batch)[0].sum())
         return kept, {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
     kept, gradients = measured()
     memory.checkpoint_layers(network)
     kept_less, same = measured()
@@ -1171,6 +1300,7 @@ def test_a_run_with_activation_checkpointing_ends_at_the_same_weights_and_metric
     def once(on):
         s = start(tmp_path / str(on), stage, lora_r=lora_r, supervised_lora_r=lora_r, sft_steps=1, checkpoint_activations=on)
         return run(stage, s)
+
     (weights, metrics), nothing, (same, again) = once(False), list(calls), once(True)
     assert not nothing and calls
     assert largest_gap(weights, same) < 1e-6

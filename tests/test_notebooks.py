@@ -1,4 +1,5 @@
 """The notebooks: what is committed was run, and runs again to the same figures. The mistakes of tools/planted.py: they are real."""
+
 import json
 import re
 from contextlib import nullcontext
@@ -79,13 +80,14 @@ def test_a_name_that_begins_no_notebook_ends_with_one_line_and_status_2(capsys):
 
 # ---------------------------------------------------------------------------------------------------- planted mistakes
 
+
 def planting(name):
     return mock.patch.multiple(drpo, **planted.PLANTS[name]) if planted.PLANTS[name] else nullcontext()
 
 
 def test_every_plant_replaces_functions_that_drpo_calls_and_the_healthy_run_replaces_none():
     assert planted.PLANTS["healthy"] == {}
-    for name, plant in planted.PLANTS.items():
+    for plant in planted.PLANTS.values():
         for function, replacement in plant.items():
             assert callable(getattr(drpo, function)) and getattr(drpo, function) is not replacement
     assert planted.PLANTS.keys() == json.loads((notebooks.ROOT / "results/planted/stopped.json").read_text()).keys()
@@ -138,8 +140,16 @@ def test_without_resets_every_prefix_is_empty_whatever_beta():
         assert drpo.sample_reset_lengths(torch.tensor([4, 9]), 1.0, drpo.generator(0), False).tolist() == [0, 0]
 
 
-SMALL = ["--sft_steps=2", "--rm_steps=2", "--sft_batch_size=2", "--rm_batch_size=2", "--eval_samples=2", "--response_length=12",
-         "--updates=2", "--batch_size=32"]
+SMALL = [
+    "--sft_steps=2",
+    "--rm_steps=2",
+    "--sft_batch_size=2",
+    "--rm_batch_size=2",
+    "--eval_samples=2",
+    "--response_length=12",
+    "--updates=2",
+    "--batch_size=32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +170,7 @@ def test_a_planted_run_says_what_stops_it_goes_on_and_logs_no_clock(small_run, o
     log, said = planted.train("no_resets", s)
     assert said == "resets do not happen as often as beta says" and len(log) == 2
     assert all(line["reset_share"] == 0 and "seconds" not in line and "tokens_per_second" not in line for line in log)
-    assert drpo.stop is planted.stop                                  # all is as it was
+    assert drpo.stop is planted.stop  # all is as it was
 
 
 @pytest.mark.slow
@@ -168,7 +178,7 @@ def test_rollouts_from_resets_are_kept_as_prefix_of_the_reference_and_continuati
     resets.main([str(small_run), "--rows=20", *SMALL])
     _, s = drpo.parse(["drpo", f"--run_dir={small_run}", *SMALL])
     lines = [json.loads(line) for line in (small_run / "resets.jsonl").read_text().splitlines()]
-    assert len(lines) == 20 and 0 < sum(line["prefix"] != "" for line in lines) < 20   # beta is 0.6
+    assert len(lines) == 20 and 0 < sum(line["prefix"] != "" for line in lines) < 20  # beta is 0.6
     for line in lines:
         assert (" " + line["reference"]).startswith(line["prefix"])
         assert line["sft"]["eos"] or line["sft"]["score"] == s.missing_eos_score

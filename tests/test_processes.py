@@ -1,4 +1,5 @@
 """Several processes, started by torchrun: together they do what one does alone."""
+
 import json
 import os
 import subprocess
@@ -13,8 +14,28 @@ import drpo
 from tools import running
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--sft_steps", "4", "--rm_steps", "4", "--updates", "3", "--sft_batch_size", "10", "--rm_batch_size", "10", "--dpo_batch_size", "10",
-         "--batch_size", "10", "--micro_batch", "3", "--eval_samples", "8", "--save_every", "2"]
+SMALL = [
+    "--sft_steps",
+    "4",
+    "--rm_steps",
+    "4",
+    "--updates",
+    "3",
+    "--sft_batch_size",
+    "10",
+    "--rm_batch_size",
+    "10",
+    "--dpo_batch_size",
+    "10",
+    "--batch_size",
+    "10",
+    "--micro_batch",
+    "3",
+    "--eval_samples",
+    "8",
+    "--save_every",
+    "2",
+]
 STAGES = ("sft", "rm", "dpo", "ppo", "drpo")
 
 # drpo.py, but that every process leaves a digest of the weights that it has at the end of each stage; and dies when asked to
@@ -44,8 +65,14 @@ def start(tmp_path, processes, *argv, **env):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.format(root=str(ROOT)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run([*(launch if processes > 1 else [sys.executable]), str(worker), *map(str, argv)], cwd=ROOT, timeout=300,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env})
+    return subprocess.run(
+        [*(launch if processes > 1 else [sys.executable]), str(worker), *map(str, argv)],
+        cwd=ROOT,
+        timeout=300,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +116,10 @@ def test_two_processes_measure_what_one_measures_and_one_of_them_talks(one_and_t
         for figure in ("win_rate", "rouge_l", "response_tokens", "eos_rate"):
             assert two["methods"][method][figure] == pytest.approx(one["methods"][method][figure], abs=1e-6), (method, figure)
         for figure in ("rm_score", "kl"):
-            assert two["methods"][method][figure] == pytest.approx(one["methods"][method][figure] or 0, abs=1e-3), (method, figure)
+            assert two["methods"][method][figure] == pytest.approx(one["methods"][method][figure] or 0, abs=1e-3), (
+                method,
+                figure,
+            )
     for n in (1, 2):
         assert said[n].stdout.count("rm: accuracy") == 1
         assert len((folder / str(n) / "samples.jsonl").read_text().splitlines()) == 8

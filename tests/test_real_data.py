@@ -2,6 +2,7 @@
 
 Needs the folder DRPO_DATA: tldr_train.jsonl, tldr_validation.jsonl, tldr_preferences.jsonl, hh_helpful.jsonl.gz and
 pythia_tokenizer.json."""
+
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 import drpo
 
 DATA = Path(os.environ.get("DRPO_DATA", ""))
-pytestmark = [pytest.mark.slow, pytest.mark.skipif("DRPO_DATA" not in os.environ, reason="DRPO_DATA names no folder of real data")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("DRPO_DATA" not in os.environ, reason="DRPO_DATA names no folder of real data"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +25,16 @@ def pythia(tmp_path_factory):
     """A folder like EleutherAI/pythia-*: the architecture with its vocabulary of 50304, two layers of 32."""
     folder = tmp_path_factory.mktemp("pythia")
     torch.manual_seed(0)
-    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50304, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                     intermediate_size=64, max_position_embeddings=2048)).save_pretrained(folder)
+    GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=50304,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=2048,
+        )
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -37,12 +49,32 @@ def test_the_preset_runs_to_the_end_on_real_text(preset, lora_r, pythia, tmp_pat
         sources = ["--dataset", DATA / "hh_helpful.jsonl.gz", "--preference_dataset", DATA / "hh_helpful.jsonl.gz"]
     run = tmp_path / "run"
     sizes = "--sft_steps 1 --rm_steps 1 --updates 1 --sft_batch_size 4 --rm_batch_size 4 --dpo_batch_size 4 --batch_size 4 --eval_samples 4"
-    drpo.main(["all", "--preset", preset, "--model", pythia, "--tokenizer", str(DATA / "pythia_tokenizer.json"), *map(str, sources),
-               "--run_dir", str(run), "--lora_r", str(lora_r), "--dtype", "float32", "--micro_batch", "4",
-               "--query_length", "256", *sizes.split()])
+    drpo.main(
+        [
+            "all",
+            "--preset",
+            preset,
+            "--model",
+            pythia,
+            "--tokenizer",
+            str(DATA / "pythia_tokenizer.json"),
+            *map(str, sources),
+            "--run_dir",
+            str(run),
+            "--lora_r",
+            str(lora_r),
+            "--dtype",
+            "float32",
+            "--micro_batch",
+            "4",
+            "--query_length",
+            "256",
+            *sizes.split(),
+        ]
+    )
     report = json.loads((run / "report.json").read_text())
     assert list(report["methods"]) == ["sft", "dpo", "ppo", "drpo"] and report["settings"]["preset"] == preset
     line = json.loads((run / "drpo" / "metrics.jsonl").read_text())
-    assert line["reset_share"] == 1.0 and line["tokens_forced"] > 0                     # beta is 1 in both presets
+    assert line["reset_share"] == 1.0 and line["tokens_forced"] > 0  # beta is 1 in both presets
     assert (run / "drpo" / "adapter").exists() == bool(lora_r)
     assert AutoModelForCausalLM.from_pretrained(run / "drpo").config.vocab_size == 50304  # [PAD] takes a spare row

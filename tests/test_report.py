@@ -1,4 +1,5 @@
 """tools/report.py on small made-up run folders, with numbers worked by hand."""
+
 import ast
 import json
 import subprocess
@@ -11,27 +12,64 @@ import pytest
 from tools import report
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {"preset": "tiny", "eval_samples": 600, "eval_temperature": 0.01, "temperature": 0.7, "batch_size": 48,
-            "judge": "toy_env:gold_judge"}
+SETTINGS = {
+    "preset": "tiny",
+    "eval_samples": 600,
+    "eval_temperature": 0.01,
+    "temperature": 0.7,
+    "batch_size": 48,
+    "judge": "toy_env:gold_judge",
+}
 
 
 def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settings):
     """A finished run with these {method: win rate} on four prompts; PPO and DR-PO logged these scores, one an update."""
     folder.mkdir(parents=True)
-    (folder / "eval.json").write_text(json.dumps({
-        "rm": {"accuracy": accuracy, "accuracy_by_batch": {"all": {"right": round(10 * accuracy), "pairs": 10}}},
-        "sft": {"held_out_loss": 2.0, "rouge_l": 0.3}, "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings},
-        "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0}}))
-    samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} | {
-        name: {"response": f"{name} says {i}", "win_rate": rate, "rm_score": 1.0 + (i > 1), "kl": 2.5, "kl_rm_score": i, "rouge_1": 0.3, "rouge_2": 0.1, "rouge_l": i / 10,
-               "response_tokens": 9 + i // 2, "eos_rate": int(i > 0)} for name, rate in win_rates.items()} for i in range(4)]
+    (folder / "eval.json").write_text(
+        json.dumps(
+            {
+                "rm": {"accuracy": accuracy, "accuracy_by_batch": {"all": {"right": round(10 * accuracy), "pairs": 10}}},
+                "sft": {"held_out_loss": 2.0, "rouge_l": 0.3},
+                "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings},
+                "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0},
+            }
+        )
+    )
+    samples = [
+        {"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"}
+        | {
+            name: {
+                "response": f"{name} says {i}",
+                "win_rate": rate,
+                "rm_score": 1.0 + (i > 1),
+                "kl": 2.5,
+                "kl_rm_score": i,
+                "rouge_1": 0.3,
+                "rouge_2": 0.1,
+                "rouge_l": i / 10,
+                "response_tokens": 9 + i // 2,
+                "eos_rate": int(i > 0),
+            }
+            for name, rate in win_rates.items()
+        }
+        for i in range(4)
+    ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    keys = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2, "tokens_decoded": 100}
+    keys = {
+        "kl": 0.5,
+        "response_tokens": 9.0,
+        "eos_rate": 0.5,
+        "entropy": 1.0,
+        "explained_variance": 0.2,
+        "tokens_decoded": 100,
+    }
     logs = {"sft": [{"loss": 3.0}], "rm": [{"accuracy": 0.6}], "dpo": [{"accuracy": 0.6}]}
     logs |= {name: [{"score": value, **keys} for value in score] for name in ("ppo", "drpo")}
     for stage in {"rm", *win_rates}:
         (folder / stage).mkdir()
-        (folder / stage / "result.json").write_text(json.dumps({"settings": {"seed": seed, "beta": 0.6, "lr": 1e-4, **settings}}))
+        (folder / stage / "result.json").write_text(
+            json.dumps({"settings": {"seed": seed, "beta": 0.6, "lr": 1e-4, **settings}})
+        )
         (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs[stage]))
     return folder
 
@@ -62,7 +100,7 @@ def test_single_run(tmp_path):
     assert [line.split()[0] for line in text.splitlines()[:4]] == ["method", "SFT", "PPO", "DR-PO"]  # no row for DPO
     # Wilson, 2 of 4: (0.5 + z^2 / 8) / (1 + z^2 / 4) = 0.5, half width z sqrt(1/16 + z^2 / 64) / (1 + z^2 / 4) = 0.350
     assert row(text, "DR-PO") == ["DR-PO", "0.500", "[0.150,", "0.850]", "1.50", "2.50", "0.150", "9.5", "0.75"]
-    assert "reward model accuracy: 0.700 [0.397, 0.892]" in text      # 7 of 10
+    assert "reward model accuracy: 0.700 [0.397, 0.892]" in text  # 7 of 10
     assert "on 4 held-out prompts at sampling temperature 0.01; KL, in nats per response, at temperature 0.7" in text
     assert "seconds: SFT 5, RM 7, DR-PO 30; in all 42" in text
     assert "judge: toy_env:gold_judge\n" in text and "NOT independent" not in text
@@ -70,12 +108,14 @@ def test_single_run(tmp_path):
     page = (run / "report.md").read_text(encoding="utf-8")
     # half widths: 0.98 times the standard deviation over the four prompts, 0.5 of the scores. Of 12 words "drpo says 0" 6
     # differ, of 8 pairs 5; texts that are all longer by the same cannot tell what the win rate at equal length would be
-    assert ("| DR-PO | 0.500 [0.150, 0.850] | - - | 1.50 [1.01, 1.99] | 2.50 [2.50, 2.50] | 0.300 | 0.100 | 0.150 | 9.5 | 0.75 "
-            "| 0.500 | 0.625 |") in page
-    assert "| DR-PO minus PPO | +0.250 | [0.250, 0.250] |" in page    # the same on each prompt
+    assert (
+        "| DR-PO | 0.500 [0.150, 0.850] | - - | 1.50 [1.01, 1.99] | 2.50 [2.50, 2.50] | 0.300 | 0.100 | 0.150 | 9.5 | 0.75 "
+        "| 0.500 | 0.625 |"
+    ) in page
+    assert "| DR-PO minus PPO | +0.250 | [0.250, 0.250] |" in page  # the same on each prompt
     saved = json.loads((run / "report.json").read_text())
     assert list(saved["methods"]) == ["sft", "ppo", "drpo"] and saved["methods"]["drpo"]["kl"] == 2.5
-    assert saved["methods"]["drpo"]["rouge_l_ci95"] == pytest.approx([0.15 - 0.98 * 0.0125 ** 0.5, 0.15 + 0.98 * 0.0125 ** 0.5])
+    assert saved["methods"]["drpo"]["rouge_l_ci95"] == pytest.approx([0.15 - 0.98 * 0.0125**0.5, 0.15 + 0.98 * 0.0125**0.5])
     assert list(saved["differences"]) == ["ppo - sft", "drpo - sft", "drpo - ppo"]
     assert saved["differences"]["drpo - sft"] == {"mean": 0.375, "ci95": [0.375, 0.375], "prompts": 4}
     assert saved["rm"]["accuracy_by_batch"]["all"]["pairs"] == 10 and saved["seconds"]["drpo"] == 30.0
@@ -116,8 +156,10 @@ def test_three_seeds(three_seeds, no_figure):
     assert row(text, "DR-PO")[1:8] == ["0.400", "±", "0.200", "(0.200-0.600)", "[-0.097,", "0.897]", "2/3"]
     assert row(text, "SFT")[7] == "1/3"  # 0.30 counts, 0.29 does not
     # paired by seed: 0.1, 0.3, 0.2, std 0.1, and 4.303 * 0.1 / sqrt(3) = 0.248
-    assert ("DR-PO minus PPO, paired by seed: +0.200, 95 % t-interval [-0.048, 0.448]; "
-            "seed 1: +0.100, seed 2: +0.300, seed 10: +0.200") in text
+    assert (
+        "DR-PO minus PPO, paired by seed: +0.200, 95 % t-interval [-0.048, 0.448]; "
+        "seed 1: +0.100, seed 2: +0.300, seed 10: +0.200"
+    ) in text
     assert "reward model accuracy: 0.700 (0.600-0.800)" in text
 
     page = (three_seeds / "report.md").read_text(encoding="utf-8")
@@ -125,7 +167,7 @@ def test_three_seeds(three_seeds, no_figure):
     saved = json.loads((three_seeds / "report.json").read_text())
     assert set(saved) == {"methods", "differences", "seeds", "rm", "settings"}
     assert saved["differences"]["drpo - ppo"]["values"] == pytest.approx([0.1, 0.3, 0.2])
-    assert "| DR-PO minus SFT | +0.203 | " in page                    # -0.1, 0.11, 0.6
+    assert "| DR-PO minus SFT | +0.203 | " in page  # -0.1, 0.11, 0.6
     assert saved["seeds"] == [1, 2, 10] and saved["settings"] == SETTINGS
     wins = saved["methods"]["drpo"]["win_rate"]
     assert wins.pop("values") == [0.2, 0.4, 0.6]
@@ -176,7 +218,7 @@ def test_the_figure_draws_mean_and_band(three_seeds, monkeypatch):
     against_tokens = figures[0].axes[6]
     assert against_tokens.lines[0].get_xdata() == pytest.approx([100, 200, 300])
     assert list(against_tokens.lines[0].get_ydata()) == list(score.lines[0].get_ydata())
-    episodes = score.child_axes[0]._functions[0]                      # 48 rollouts an update
+    episodes = score.child_axes[0]._functions[0]  # 48 rollouts an update
     assert episodes(2) == 96
 
 
@@ -185,14 +227,20 @@ def test_the_frontier_has_a_line_per_method_with_mean_and_standard_error_of_each
     figures, samples = [], []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **kwargs: figures.append(figure))
     for kl, score in [(3.0, 5.0), (1.0, 0.0), (2.0, 2.0), (5.0, 9.0)]:
-        samples.append({"prompt": "p", "reference": "r", "sft": {"kl": 0.0, "kl_rm_score": score},
-                        "drpo": {"kl": kl, "kl_rm_score": score}})
+        samples.append(
+            {
+                "prompt": "p",
+                "reference": "r",
+                "sft": {"kl": 0.0, "kl_rm_score": score},
+                "drpo": {"kl": kl, "kl_rm_score": score},
+            }
+        )
     report.draw_frontier(samples, tmp_path / "frontier.png")
     sft, drpo = figures[0].axes[0].containers
     assert sft.get_label() == "SFT" and drpo.get_label() == "DR-PO"
     assert [list(sft.lines[0].get_xdata()), list(sft.lines[0].get_ydata())] == [[0.0], [4.0]]
     assert [list(drpo.lines[0].get_xdata()), list(drpo.lines[0].get_ydata())] == [[1.5, 4.0], [1.0, 7.0]]
-    low, high = drpo.lines[2][0].get_segments()[0][:, 1]              # of 0 and 2: the std is 1.41, over sqrt(2) it is 1
+    low, high = drpo.lines[2][0].get_segments()[0][:, 1]  # of 0 and 2: the std is 1.41, over sqrt(2) it is 1
     assert (low, high) == pytest.approx((0.0, 2.0))
 
 
@@ -205,11 +253,13 @@ def test_several_runs_are_compared_by_the_settings_in_which_they_differ(tmp_path
     make_run(tmp_path / "without", {"sft": 0.5})
     report.main([str(tmp_path / name) for name in ("beta_0.0", "beta_1.0", "single", "without")])
     lines = capsys.readouterr().out.partition("DR-PO in each run")[2].splitlines()[2:]
-    assert lines == ["| run | beta | seeds | win rate vs reference | RM score | KL to SFT | tokens | EOS rate |",
-                     "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-                     "| beta_0.0 | 0.0 | 2 | 0.200 (0.100-0.300) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
-                     "| beta_1.0 | 1.0 | 2 | 0.600 (0.400-0.800) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
-                     "| single | 0.25 | 1 | 0.500 | 1.50 | 2.50 | 9.5 | 0.75 |"]
+    assert lines == [
+        "| run | beta | seeds | win rate vs reference | RM score | KL to SFT | tokens | EOS rate |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| beta_0.0 | 0.0 | 2 | 0.200 (0.100-0.300) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
+        "| beta_1.0 | 1.0 | 2 | 0.600 (0.400-0.800) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
+        "| single | 0.25 | 1 | 0.500 | 1.50 | 2.50 | 9.5 | 0.75 |",
+    ]
 
 
 def test_over_optimisation_names_the_peak_of_each_seed_and_what_it_gives_on_the_test_prompts(tmp_path, monkeypatch):
@@ -219,8 +269,14 @@ def test_over_optimisation_names_the_peak_of_each_seed_and_what_it_gives_on_the_
     for seed, gold, on_test in ((1, [0.0, 2.0, 1.0], {5: 1.5, 10: 0.5}), (2, [0.0, 1.0, 3.0], {10: 2.5})):
         folder = make_run(tmp_path / f"seed_{seed}", {"sft": 0.1, "ppo": 0.2}, seed)
         known = {"method": "ppo", "judged_by": "gold_score", "win_rate": 0.25, "kl": 1.0}
-        lines = [known | {"prompts": "validation", "update": 5 * i, "rm_score": float(i), "gold_score": value} for i, value in enumerate(gold)]
-        lines += [known | {"prompts": "test", "update": update, "rm_score": 3.0, "gold_score": value} for update, value in on_test.items()]
+        lines = [
+            known | {"prompts": "validation", "update": 5 * i, "rm_score": float(i), "gold_score": value}
+            for i, value in enumerate(gold)
+        ]
+        lines += [
+            known | {"prompts": "test", "update": update, "rm_score": 3.0, "gold_score": value}
+            for update, value in on_test.items()
+        ]
         (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.write(tmp_path)
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -228,7 +284,7 @@ def test_over_optimisation_names_the_peak_of_each_seed_and_what_it_gives_on_the_
     assert "| PPO, last update | 10, 10 | 1.500 | 0.250 | 3.000 | 1.000 |" in page
     left, right = dict(figures)["overoptimisation.png"].axes
     assert list(left.lines[0].get_ydata()) == [0, 1, 2] and list(right.lines[0].get_ydata()) == [0, 1.5, 2]
-    assert left.lines[1].get_xdata()[0] == 10                         # the peak of the mean
+    assert left.lines[1].get_xdata()[0] == 10  # the peak of the mean
 
 
 def spoil(tmp_path, what):
@@ -246,9 +302,16 @@ def spoil(tmp_path, what):
     return run
 
 
-@pytest.mark.parametrize("what, named", [("no folder", "drpo.py eval --run_dir"), ("eval.json", "drpo.py eval --run_dir"),
-                                         ("samples.jsonl", "samples.jsonl"), ("broken report", "eval.json: not JSON"),
-                                         ("broken log", "metrics.jsonl: not JSON")])
+@pytest.mark.parametrize(
+    "what, named",
+    [
+        ("no folder", "drpo.py eval --run_dir"),
+        ("eval.json", "drpo.py eval --run_dir"),
+        ("samples.jsonl", "samples.jsonl"),
+        ("broken report", "eval.json: not JSON"),
+        ("broken log", "metrics.jsonl: not JSON"),
+    ],
+)
 def test_bad_folders_end_with_one_line(tmp_path, capsys, what, named):
     with pytest.raises(SystemExit) as end:
         report.main([str(spoil(tmp_path, what))])
@@ -276,7 +339,9 @@ def test_command(tmp_path):
 def test_it_imports_nothing_of_ours_but_statistics_which_import_nothing_of_ours():
     def imported(nodes):
         return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} | {
-            node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+            node.module for node in nodes if isinstance(node, ast.ImportFrom)
+        }
+
     trees = {name: ast.parse((ROOT / "tools" / name).read_text(encoding="utf-8")) for name in ("report.py", "stats.py")}
     assert imported(trees["report.py"].body) <= sys.stdlib_module_names | {"tools.stats"}  # matplotlib only to draw
     assert imported(ast.walk(trees["report.py"])) <= sys.stdlib_module_names | {"tools.stats", "matplotlib.figure"}

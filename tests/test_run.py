@@ -1,4 +1,5 @@
 """A run that cannot be lost: what is checked before it starts, who may work in its folder, how it is stopped and goes on."""
+
 import json
 import os
 import shutil
@@ -17,17 +18,27 @@ from tools import checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("flag, value, named", [
-    ("--judge", "toy_env:nosuchjudge", "nosuchjudge"), ("--judge", "gold", "--judge gold"), ("--judge", "api:", "api:MODEL"),
-    ("--judge", "api:some-model", "OPENAI_API_KEY"),
-    ("--preference_dataset", "toy_env:gate", "chosen"), ("--preference_dataset", "nowhere.jsonl", "nowhere.jsonl"),
-    ("--preference_length", 250, "has room for")])
-def test_what_is_wrong_in_a_later_stage_is_found_before_the_first_one_trains(tmp_path, one_line, monkeypatch, flag, value, named):
+@pytest.mark.parametrize(
+    "flag, value, named",
+    [
+        ("--judge", "toy_env:nosuchjudge", "nosuchjudge"),
+        ("--judge", "gold", "--judge gold"),
+        ("--judge", "api:", "api:MODEL"),
+        ("--judge", "api:some-model", "OPENAI_API_KEY"),
+        ("--preference_dataset", "toy_env:gate", "chosen"),
+        ("--preference_dataset", "nowhere.jsonl", "nowhere.jsonl"),
+        ("--preference_length", 250, "has room for"),
+    ],
+)
+def test_what_is_wrong_in_a_later_stage_is_found_before_the_first_one_trains(
+    tmp_path, one_line, monkeypatch, flag, value, named
+):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     model = []
-    if flag == "--preference_length":                                 # the config of a folder can be read without its weights
+    if flag == "--preference_length":  # the config of a folder can be read without its weights
         import toy_env
+
         toy_env.tiny_pythia().save_pretrained(tmp_path / "model")
         model = ["--model", tmp_path / "model"]
     assert named in one_line(["all", "--run_dir", tmp_path / "run", flag, value, *model])
@@ -42,6 +53,7 @@ def test_a_run_folder_belongs_to_one_process(tmp_path, one_line):
 def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, one_line, monkeypatch):
     def forbidden(path, *_, **__):
         raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr(Path, "mkdir", forbidden)
     line = one_line(["sft", "--run_dir", tmp_path / "run"])
     assert "run" in line and "Permission denied" in line
@@ -80,6 +92,8 @@ def test_sigterm_ends_the_update_saves_and_the_same_command_goes_on_to_the_same_
     subprocess.run([*command, tmp_path / "whole"], cwd=ROOT, env=env, capture_output=True, check=True)
     stopped, whole = [load_file(tmp_path / run / "sft" / "model.safetensors") for run in ("stopped", "whole")]
     assert all((stopped[name] == whole[name]).all() for name in whole)
-    logs = [[{**json.loads(line), "seconds": 0} for line in (tmp_path / run / "sft" / "metrics.jsonl").read_text().splitlines()]
-            for run in ("stopped", "whole")]
+    logs = [
+        [{**json.loads(line), "seconds": 0} for line in (tmp_path / run / "sft" / "metrics.jsonl").read_text().splitlines()]
+        for run in ("stopped", "whole")
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 60

@@ -1,4 +1,5 @@
 """What comes from outside is data: no code of a model folder runs, no pickle is opened, and old results go only when one agrees."""
+
 import io
 import json
 import os
@@ -34,7 +35,7 @@ def test_a_pickle_in_a_model_folder_is_refused(tmp_path, one_line):
     toy_env.tiny_pythia().save_pretrained(model)
     (model / "model.safetensors").unlink()
     torch.save({"gpt_neox.embed_in.weight": Malice(f"touch {planted}")}, model / "pytorch_model.bin")
-    with (model / "pytorch_model.bin").open("rb") as file:            # it is live: opened without care, it would do its work
+    with (model / "pytorch_model.bin").open("rb") as file:  # it is live: opened without care, it would do its work
         torch.load(io.BytesIO(file.read()), weights_only=False)
     assert planted.exists()
     planted.unlink()
@@ -46,8 +47,11 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(tmp_path, o
     model, planted = tmp_path / "model", tmp_path / "planted"
     toy_env.tiny_pythia().save_pretrained(model)
     config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "custom", "architectures": ["Custom"],
-               "auto_map": {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Custom"}}
+    config |= {
+        "model_type": "custom",
+        "architectures": ["Custom"],
+        "auto_map": {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Custom"},
+    }
     (model / "config.json").write_text(json.dumps(config))
     (model / "custom.py").write_text(f"open({str(planted)!r}, 'w')\nclass Config: pass\nclass Custom: pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
@@ -76,6 +80,7 @@ def test_names_in_the_data_never_become_files(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- --fresh
+
 
 @pytest.fixture
 def finished(tmp_path):

@@ -1,5 +1,6 @@
 """tools/show.py: what it prints is what drpo.py does. Tables are read back from the output and compared with what the stages of a
 tiny run really fed to the networks and computed."""
+
 import json
 import os
 import re
@@ -17,18 +18,51 @@ from tools import show
 
 ROOT = Path(__file__).resolve().parents[1]
 B, T, EOS = 12, 20, 0
-SETTINGS = [*"--dataset test_show:posts --preference_dataset test_show:pairs --model test_show:network --seed 5 --query_length 60".split(),
-            *"--sft_steps 2 --rm_steps 2 --updates 1 --sft_batch_size 6 --rm_batch_size 6 --micro_batch 4 --epochs 1".split(),
-            *f"--sft_lr 1e-5 --lr 0.01 --batch_size {B} --response_length {T} --eval_samples 2".split()]
+SETTINGS = [
+    *[
+        "--dataset",
+        "test_show:posts",
+        "--preference_dataset",
+        "test_show:pairs",
+        "--model",
+        "test_show:network",
+        "--seed",
+        "5",
+        "--query_length",
+        "60",
+    ],
+    *[
+        "--sft_steps",
+        "2",
+        "--rm_steps",
+        "2",
+        "--updates",
+        "1",
+        "--sft_batch_size",
+        "6",
+        "--rm_batch_size",
+        "6",
+        "--micro_batch",
+        "4",
+        "--epochs",
+        "1",
+    ],
+    *f"--sft_lr 1e-5 --lr 0.01 --batch_size {B} --response_length {T} --eval_samples 2".split(),
+]
 
 
-LONG = "i feel sad . " * 6                                            # more than 20 tokens, whatever the tokenizer
+LONG = "i feel sad . " * 6  # more than 20 tokens, whatever the tokenizer
 
 
 def posts():
     """Some too long for 60 tokens, some not for 50; the same of references and 20 tokens."""
-    return [{"prompt": f"SUBREDDIT: r/a\n\nTITLE: {i}\n\nPOST: sad {LONG * (2 * (i % 3))}\n\nTL;DR:",
-             "reference": f"{LONG * (i % 2)}number {i}"} for i in range(24)]
+    return [
+        {
+            "prompt": f"SUBREDDIT: r/a\n\nTITLE: {i}\n\nPOST: sad {LONG * (2 * (i % 3))}\n\nTL;DR:",
+            "reference": f"{LONG * (i % 2)}number {i}",
+        }
+        for i in range(24)
+    ]
 
 
 def pairs():
@@ -46,7 +80,9 @@ def network(seed=0):
     return model
 
 
-LINE = re.compile(r" *(\d+) +(\S+) +(\d+)  ('.*'|\".*\"|\S+) +(pad|query|response|reset prefix|sampled|EOS|after EOS) +([01]) +(\d+)(.*)")
+LINE = re.compile(
+    r" *(\d+) +(\S+) +(\d+)  ('.*'|\".*\"|\S+) +(pad|query|response|reset prefix|sampled|EOS|after EOS) +([01]) +(\d+)(.*)"
+)
 
 
 def tables(text):
@@ -82,6 +118,7 @@ def run(tmp_path_factory):
             result = real(*args, **kwargs)
             into.append(what(result, *args))
             return result
+
         patch.setattr(module, name, recorder)
 
     arguments = [*SETTINGS, "--run_dir", str(folder)]
@@ -94,7 +131,7 @@ def run(tmp_path_factory):
         record(patch, drpo, "penalised_rewards", seen.rewards, lambda result, scores, logprobs, *_: (scores, logprobs))
         record(patch, drpo, "gae", seen.gae, lambda result, rewards, values, mask, *_: (rewards, values, mask))
         drpo.main(["drpo", *arguments])
-    (folder / "drpo").rename(folder / "later")                        # first as if RL were still to come
+    (folder / "drpo").rename(folder / "later")  # first as if RL were still to come
     return SimpleNamespace(folder=folder, **vars(seen))
 
 
@@ -114,8 +151,8 @@ def test_the_rollouts_shown_are_those_of_the_first_update(run, rollouts):
         assert [row["t"] for row in by_t] == [str(t) for t in range(len(responses[n]))]
         assert [row["role"] == "reset prefix" for row in by_t] == [t < len(prefixes[n]) for t in range(len(by_t))]
         for name, x in {"log pi": logprobs, "log pi_SFT": logprobs, "value": values, "reward": rewards}.items():
-            start = len(prefixes[n]) if "log" in name else 0          # training asks for log pi where the policy acted only
-            assert [float(row[name]) for row in by_t][start:] == pytest.approx(x[n, start:len(by_t)].tolist(), abs=1e-3), name
+            start = len(prefixes[n]) if "log" in name else 0  # training asks for log pi where the policy acted only
+            assert [float(row[name]) for row in by_t][start:] == pytest.approx(x[n, start : len(by_t)].tolist(), abs=1e-3), name
         assert {float(row["KL"]) for row in by_t} == {0.0}
         assert f"reset_len {len(prefixes[n])} of" in title and f"response_len {len(by_t)}," in title
         assert float(re.search(r"score (\S+),", title)[1]) == pytest.approx(scores[n].item(), abs=1e-3)
@@ -127,7 +164,7 @@ def test_masks_are_those_of_token_masks(run, rollouts):
     mask, width = drpo.token_masks(*lengths, T)[0], max(map(len, queries))
     assert mask.equal(run.gae[0][2])
     for n, (_, rows) in enumerate(rollouts):
-        at = [column for column in rows if column >= width]           # what follows EOS is folded after its first token
+        at = [column for column in rows if column >= width]  # what follows EOS is folded after its first token
         assert [rows[column]["mask"] for column in at] == [str(int(mask[n, column - width])) for column in at]
         assert len(at) == min(T, len(responses[n]) + 1) or len(at) == T
         assert all(row["mask"] == "." for column, row in rows.items() if column < width)
@@ -147,7 +184,7 @@ def test_the_score_stands_at_eos_and_without_one_at_the_last_token(run, rollouts
             assert last["role"] == "EOS" and int(last["id"]) == EOS
             after = [row["role"] for row in rows.values() if row["t"] != "." and int(row["t"]) > int(last["t"])]
             assert set(after) <= {"after EOS"}
-    assert 0 < ended < B                                              # both kinds were looked at
+    assert 0 < ended < B  # both kinds were looked at
 
 
 def test_queries_are_padded_on_the_left_and_positions_start_at_their_first_token(run, rollouts):
@@ -169,12 +206,17 @@ def test_after_rl_its_own_policy_rolls_out(run, capsys):
     finally:
         (run.folder / "drpo").rename(run.folder / "later")
     made = json.loads((run.folder / "later" / "result.json").read_text())["settings"]
-    assert text.startswith(f"policy: {run.folder}/drpo; beta {made['beta']:g}, reset to {made['reset_to']}, "
-                           f"temperature {made['temperature']:g}, kl_coef 0.5\n")
+    assert text.startswith(
+        f"policy: {run.folder}/drpo; beta {made['beta']:g}, reset to {made['reset_to']}, "
+        f"temperature {made['temperature']:g}, kl_coef 0.5\n"
+    )
     assert len(found := tables(text)) == 3
     for title, rows in found:
-        steps = [{name: float(row[name]) for name in ("log pi", "log pi_SFT", "KL", "reward")} for row in rows.values()
-                 if row["role"] in ("sampled", "EOS")]
+        steps = [
+            {name: float(row[name]) for name in ("log pi", "log pi_SFT", "KL", "reward")}
+            for row in rows.values()
+            if row["role"] in ("sampled", "EOS")
+        ]
         assert max(abs(step["KL"]) for step in steps) > 0.01
         score = float(re.search(r"score (\S+),", title)[1])
         for i, step in enumerate(steps):
@@ -193,20 +235,24 @@ def test_official_masking_shows_its_three_masks_and_what_follows_eos(run, capsys
                 assert [row[name] for name in ("mask", "policy", "rest")] == [str(mask[int(row["t"])]) for mask in masks]
                 assert row["log pi"] != "."
     after = [row for _, rows in found for row in rows.values() if row["role"] == "after EOS"]
-    assert any(int(row["id"]) != EOS for row in after) and {row["policy"] for row in after} == {"1"}  # sampled on, and learned from
+    assert any(int(row["id"]) != EOS for row in after) and {row["policy"] for row in after} == {
+        "1"
+    }  # sampled on, and learned from
 
 
 def test_rows_are_those_of_the_first_update_and_loss_marks_what_sft_predicts(run, capsys, monkeypatch):
-    monkeypatch.setattr(show, "KEPT", {})                             # every column, none left out for brevity
+    monkeypatch.setattr(show, "KEPT", {})  # every column, none left out for brevity
     found = tables(shown(capsys, *SETTINGS, "--rows", 6))
     assert [title.partition(":")[0] for title, _ in found] == [
-        *(f"sft row {n}" for n in range(6)), *(f"pair {n}, {side}" for n in range(6) for side in ("chosen", "rejected"))]
+        *(f"sft row {n}" for n in range(6)),
+        *(f"pair {n}, {side}" for n in range(6) for side in ("chosen", "rejected")),
+    ]
     rows = [[int(cells["id"]) for cells in rows.values() if cells["loss"] == "1"] for _, rows in found[:6]]
-    assert all(rows[0]["loss"] == "0" for _, rows in found[:6])       # the first column has no target
-    used = run.targets[0] + run.targets[1]                            # two micro-batches make the first update
-    while used:                                                       # row after row, in the order of the micro-batches
-        row = next(row for row in rows if used[:len(row)] == row)
-        used = used[len(row):]
+    assert all(rows[0]["loss"] == "0" for _, rows in found[:6])  # the first column has no target
+    used = run.targets[0] + run.targets[1]  # two micro-batches make the first update
+    while used:  # row after row, in the order of the micro-batches
+        row = next(row for row in rows if used[: len(row)] == row)
+        used = used[len(row) :]
         rows.remove(row)
     assert not rows
 
@@ -223,7 +269,7 @@ def test_the_reward_of_a_pair_is_read_at_eos_or_where_the_response_is_cut(capsys
             assert marked["role"] == "EOS" and title.endswith("with EOS")
     assert 0 < cut < len(found)
     assert any("CUT from" in title.partition(";")[0] for title, _ in found)
-    for title, rows in found:
+    for title, _ in found:
         query = re.search(r"query (\d+) tokens(?:, CUT from (\d+))?", title)
         assert int(query[1]) <= 50 and (query[2] is None or int(query[2]) > 50)
 
@@ -235,7 +281,7 @@ def test_long_runs_are_folded(capsys):
     lines = table.splitlines()[2:]
     hidden = sum(int(n) - 1 for n in re.findall(r"\.\.\. (\d+) more", table))
     assert re.search(r"\.\.\. \d+ more query tokens", table)
-    assert len(lines) + hidden == int(lines[-1].split()[0]) + 1       # every column is shown, or counted
+    assert len(lines) + hidden == int(lines[-1].split()[0]) + 1  # every column is shown, or counted
 
 
 @pytest.mark.parametrize("preset, more", [("tldr", {}), ("hh", {}), ("tiny", {"sft_steps": 7})])
@@ -252,11 +298,22 @@ def test_the_preset_of_a_run_is_found_again(tmp_path, preset, more):
     assert (again.preset, again.beta, again.device, again.seeds) == (preset, 0.25, s.device, [])
 
 
-@pytest.mark.parametrize("command, words", [
-    ("--run {folder}/nowhere", ["nowhere", "sft/result.json"]), ("--run {folder}/half", ["half", "rm/result.json"]),
-    ("--run {folder}/broken", ["broken/sft/result.json"]), ("--rows 0", ["--rows 0", "16"]), ("--rows 17", ["--rows 17", "16"]),
-    ("--rows x", ["--rows", "x"]), ("--preset nope", ["--preset", "nope"]), ("--nosuchflag 3", ["--nosuchflag"]),
-    ("sft", ["sft"]), ("--run", ["--run"]), ("--beta 2", ["--beta", "2"])])
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("--run {folder}/nowhere", ["nowhere", "sft/result.json"]),
+        ("--run {folder}/half", ["half", "rm/result.json"]),
+        ("--run {folder}/broken", ["broken/sft/result.json"]),
+        ("--rows 0", ["--rows 0", "16"]),
+        ("--rows 17", ["--rows 17", "16"]),
+        ("--rows x", ["--rows", "x"]),
+        ("--preset nope", ["--preset", "nope"]),
+        ("--nosuchflag 3", ["--nosuchflag"]),
+        ("sft", ["sft"]),
+        ("--run", ["--run"]),
+        ("--beta 2", ["--beta", "2"]),
+    ],
+)
 def test_bad_input_is_told_in_one_line(tmp_path, capsys, command, words):
     for name, text in (("half", '{"settings": {}}'), ("broken", "{")):
         (tmp_path / name / "sft").mkdir(parents=True)
@@ -269,12 +326,16 @@ def test_bad_input_is_told_in_one_line(tmp_path, capsys, command, words):
 
 
 def test_the_tiny_preset_from_the_shell():
-    done = subprocess.run([sys.executable, "-m", "tools.show", "--rows", "1"], capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.show", "--rows", "1"], capture_output=True, text=True, cwd=ROOT, env=os.environ
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     found = tables(done.stdout)
     assert [title.partition(":")[0] for title, _ in found] == ["sft row 0", "pair 0, chosen", "pair 0, rejected"]
     for (_, rows), name in zip(found, ("loss", "reward", "reward")):
         roles = [row["role"] for row in rows.values()]
-        assert roles.count("EOS") == 1 and roles.index("EOS") > max(i for i, role in enumerate(roles) if role in ("query", "response"))
+        assert roles.count("EOS") == 1 and roles.index("EOS") > max(
+            i for i, role in enumerate(roles) if role in ("query", "response")
+        )
         assert [row["token"] for row in rows.values() if row["role"] == "query"][-1] == "':'"
         assert next(row[name] for row in rows.values() if row["role"] == "EOS") in ("1", "<-")

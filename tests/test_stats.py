@@ -1,4 +1,5 @@
 """tools/stats.py, with numbers worked by hand."""
+
 import math
 import random
 
@@ -21,7 +22,7 @@ def test_t_quantiles():
 
 def test_wilson_interval_stays_inside_zero_and_one():
     """At 0 of 10 the upper end is z^2 / (n + z^2); a half counts as half a hit; many hits come close to p +- z sqrt(p q / n)."""
-    assert stats.wilson(0, 10) == pytest.approx([0, 1.96 ** 2 / (10 + 1.96 ** 2)])
+    assert stats.wilson(0, 10) == pytest.approx([0, 1.96**2 / (10 + 1.96**2)])
     assert stats.wilson(10, 10)[1] == pytest.approx(1) and stats.wilson(4.5, 10)[0] < 0.45
     assert stats.wilson(5000, 10000) == pytest.approx([0.5 - 0.0098, 0.5 + 0.0098], abs=1e-5)
 
@@ -30,7 +31,7 @@ def binomial_quantile(share, n, p):
     """The smallest k of Binomial(n, p) whose cumulative probability reaches the share."""
     total = 0.0
     for k in range(n + 1):
-        total += math.comb(n, k) * p ** k * (1 - p) ** (n - k)
+        total += math.comb(n, k) * p**k * (1 - p) ** (n - k)
         if total >= share:
             return k
 
@@ -61,7 +62,7 @@ def test_the_win_rate_at_equal_length_of_two_lengths_is_that_of_the_line_through
     """80 % of the texts that are longer by 30 win, 40 % of those shorter by 10. Two lengths, two parameters: the fit goes
     through both log odds, and at equal length lies on the line between them at tanh(0)."""
     gaps, won = [30] * 10 + [-10] * 10, [1.0] * 8 + [0.0] * 2 + [1.0] * 4 + [0.0] * 6
-    high, low = math.log(0.8 / 0.2), math.log(0.4 / 0.6)              # at tanh(30 / 20) and tanh(-10 / 20); the std is 20
+    high, low = math.log(0.8 / 0.2), math.log(0.4 / 0.6)  # at tanh(30 / 20) and tanh(-10 / 20); the std is 20
     x, y = math.tanh(1.5), math.tanh(-0.5)
     a = low - y * (high - low) / (x - y)
     rate, (lower, upper) = stats.length_controlled(won, gaps)
@@ -85,9 +86,18 @@ def test_without_an_effect_of_length_the_win_rate_at_equal_length_is_the_win_rat
     assert stats.length_controlled(won, gaps)[0] == pytest.approx(26 / 40)
 
 
-@pytest.mark.parametrize("won, gaps", [
-    ([1.0] * 4, [1, 2, 3, 4]), ([0.0] * 4, [1, 2, 3, 4]), ([0.0, 0.0, 1.0, 1.0], [1, 2, 3, 4]), ([1.0, 1.0, 0.0, 0.0], [1, 2, 3, 4]),
-    ([0.0, 1.0, 0.0, 1.0], [1, 2, 2, 3]), ([0.0, 1.0, 0.0, 1.0], [5, 5, 5, 5]), ([None, None], [1, 2])])
+@pytest.mark.parametrize(
+    "won, gaps",
+    [
+        ([1.0] * 4, [1, 2, 3, 4]),
+        ([0.0] * 4, [1, 2, 3, 4]),
+        ([0.0, 0.0, 1.0, 1.0], [1, 2, 3, 4]),
+        ([1.0, 1.0, 0.0, 0.0], [1, 2, 3, 4]),
+        ([0.0, 1.0, 0.0, 1.0], [1, 2, 2, 3]),
+        ([0.0, 1.0, 0.0, 1.0], [5, 5, 5, 5]),
+        ([None, None], [1, 2]),
+    ],
+)
 def test_what_lengths_cannot_tell_is_not_told(won, gaps):
     assert stats.length_controlled(won, gaps) == (None, None)
 
@@ -98,13 +108,13 @@ def test_undecided_verdicts_play_no_part_in_the_win_rate_at_equal_length():
 
 
 def test_distinct_n_counts_different_n_grams_of_all_texts_together():
-    texts = ["a b a", "a b c"]                                        # words: 3 of 6; pairs ab ba ab bc: 3 of 4
+    texts = ["a b a", "a b c"]  # words: 3 of 6; pairs ab ba ab bc: 3 of 4
     assert (stats.distinct(texts, 1), stats.distinct(texts, 2)) == (0.5, 0.75)
-    assert stats.distinct(["a", ""], 2) is None                       # no pair, and none across two texts
+    assert stats.distinct(["a", ""], 2) is None  # no pair, and none across two texts
 
 
 def test_bins_have_equal_counts_and_the_standard_error_of_their_means():
     found = stats.binned([4, 1, 3, 2, 6, 5], [10.0, 0.0, 7.0, 4.0, 3.0, 3.0], bins=3)
     assert found == [pytest.approx(point) for point in [(1.5, 2.0, 2.0, 2), (3.5, 8.5, 1.5, 2), (5.5, 3.0, 0.0, 2)]]
-    assert stats.binned([0, 0, 0], [1.0, 2.0, 3.0]) == [pytest.approx((0, 2.0, 1 / 3 ** 0.5, 3))]
+    assert stats.binned([0, 0, 0], [1.0, 2.0, 3.0]) == [pytest.approx((0, 2.0, 1 / 3**0.5, 3))]
     assert [n for *_, n in stats.binned(range(103), range(103))] == [10, 10, 10, 11, 10, 10, 11, 10, 10, 11]

@@ -1,4 +1,5 @@
 """The toy TL;DR corpus: what its posts, annotators and judge promise."""
+
 import random
 from statistics import mean
 
@@ -7,24 +8,29 @@ import pytest
 import drpo
 import toy_env
 
-PROMPT = ("SUBREDDIT: r/advice\n\nTITLE: i feel hurt\n\nPOST: honestly i feel hurt . i work two jobs . so my boss sold our car . "
-          "all i want is an apology .\n\nTL;DR:")
+PROMPT = (
+    "SUBREDDIT: r/advice\n\nTITLE: i feel hurt\n\nPOST: honestly i feel hurt . i work two jobs . so my boss sold our car . "
+    "all i want is an apology .\n\nTL;DR:"
+)
 DEED, FEELING, WISH, ASK = "my boss sold our car .", "i feel hurt .", "i want an apology .", toy_env.QUESTION
 
 
-@pytest.mark.parametrize("response, score", [
-    # 3 facts and the question: 3 * 0.3 + 3.0 - 0.1 * (5 + 3 + 4 + 4 words)
-    (f"{DEED} {FEELING} {WISH} {ASK}", 0.9 + 3.0 - 1.6),
-    (f"{WISH} {FEELING} {DEED} {ASK}", 0.9 + 3.0 - 1.6),              # the order of the facts does not matter
-    (f"{DEED} {FEELING} {ASK}", 0.6 - 1.2),                           # asked too early: the gate is closed
-    (f"{ASK} {DEED} {FEELING} {WISH}", 0.9 - 1.6),
-    (f"{DEED} {FEELING} {WISH}", 0.9 - 1.2),
-    (FEELING, 0.3 - 0.3),
-    ("i feel sad .", -1.0 - 0.3),                                     # invented
-    (f"{FEELING} {FEELING}", 0.3 - 0.5 - 0.6),                        # said twice
-    (f"{DEED} {FEELING} i want", 0.6 - 1.0 - 1.0 - 1.0),              # "i want": invented as it stands, and no end; 10 words
-    ("", -1.0),                                                       # nothing, and no end
-])
+@pytest.mark.parametrize(
+    "response, score",
+    [
+        # 3 facts and the question: 3 * 0.3 + 3.0 - 0.1 * (5 + 3 + 4 + 4 words)
+        (f"{DEED} {FEELING} {WISH} {ASK}", 0.9 + 3.0 - 1.6),
+        (f"{WISH} {FEELING} {DEED} {ASK}", 0.9 + 3.0 - 1.6),  # the order of the facts does not matter
+        (f"{DEED} {FEELING} {ASK}", 0.6 - 1.2),  # asked too early: the gate is closed
+        (f"{ASK} {DEED} {FEELING} {WISH}", 0.9 - 1.6),
+        (f"{DEED} {FEELING} {WISH}", 0.9 - 1.2),
+        (FEELING, 0.3 - 0.3),
+        ("i feel sad .", -1.0 - 0.3),  # invented
+        (f"{FEELING} {FEELING}", 0.3 - 0.5 - 0.6),  # said twice
+        (f"{DEED} {FEELING} i want", 0.6 - 1.0 - 1.0 - 1.0),  # "i want": invented as it stands, and no end; 10 words
+        ("", -1.0),  # nothing, and no end
+    ],
+)
 def test_the_gold_score_by_hand(response, score):
     assert toy_env.gold_score(PROMPT, response) == pytest.approx(score)
 
@@ -63,16 +69,20 @@ def test_labellers_prefer_full_summaries_and_err_as_bradley_terry_says():
     rows = toy_env.gate_pairs("train", 0)
     assert len(rows) == 4000 and all(row["chosen"] != row["rejected"] for row in rows)
     gaps = [toy_env.gold_score(r["prompt"], r["chosen"]) - toy_env.gold_score(r["prompt"], r["rejected"]) for r in rows]
-    for low, high in [(0.2, 0.4), (0.6, 1.0), (2.0, 9.0)]:            # of pairs this far apart, how many went the right way
+    for low, high in [(0.2, 0.4), (0.6, 1.0), (2.0, 9.0)]:  # of pairs this far apart, how many went the right way
         near = [gap for gap in gaps if low < abs(gap) < high]
         expected = mean(1 / (1 + 2.718281828 ** (-abs(gap) / 0.5)) for gap in near)
-        assert mean(gap > 0 for gap in near) == pytest.approx(expected, abs=4 * (expected * (1 - expected) / len(near)) ** 0.5 + 1e-3)
+        assert mean(gap > 0 for gap in near) == pytest.approx(
+            expected, abs=4 * (expected * (1 - expected) / len(near)) ** 0.5 + 1e-3
+        )
 
 
 def test_a_policy_that_writes_every_summary_in_full_wins_about_three_in_five():
     rows = toy_env.gate("validation", 0)
     full = [" ".join(toy_env.careful(None, toy_env.read_facts(row["prompt"]))) for row in rows]
-    assert mean(toy_env.gold_judge([r["prompt"] for r in rows], full, [r["reference"] for r in rows])) == pytest.approx(0.62, abs=0.04)
+    assert mean(toy_env.gold_judge([r["prompt"] for r in rows], full, [r["reference"] for r in rows])) == pytest.approx(
+        0.62, abs=0.04
+    )
 
 
 def test_every_post_and_response_fits_the_tiny_preset():

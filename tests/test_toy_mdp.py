@@ -1,4 +1,5 @@
 """The detour lock of toy_env.py: its tables, its exact values, and the methods that are tried on it."""
+
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,8 @@ from torch.nn import functional as F
 
 import toy_env
 from drpo import gae, generator, ppo_policy_loss
-from toy_env import CHAIN, CORRIDOR, END, Data, Run
 from tools import toy_report
+from toy_env import CHAIN, CORRIDOR, END, Data, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,10 +32,11 @@ def random_policy(shape, seed=0):
 
 # ---------------------------------------------------------------------------------------------------------- environment
 
+
 def test_the_tables_of_a_lock_of_four_layers_are_those_written_by_hand():
     lock = toy_env.detour_lock(4, A=2, c=2.0, seed=5)
     good, leave = [], []
-    for h in range(4):                                                # which actions were drawn: read off two rows
+    for h in range(4):  # which actions were drawn: read off two rows
         good.append(int(lock.transition[h, CHAIN, 1, CHAIN] > 0) if h < 3 else int(lock.reward[3, CHAIN].argmax()))
         leave.append(int(lock.transition[h, CORRIDOR].argmax(1).eq(END).nonzero()[0, 0]) if 0 < h < 3 else None)
     chain, corridor, end = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
@@ -42,7 +44,7 @@ def test_the_tables_of_a_lock_of_four_layers_are_those_written_by_hand():
     for (h, s), (right, wrong) in by_hand.items():
         assert lock.transition[h, s, good[h]].tolist() == right
         assert lock.transition[h, s, 1 - good[h]].tolist() == wrong
-    for h, on in ((1, [0.5, 0.5, 0.0]), (2, [1.0, 0.0, 0.0])):        # onto the chain with probability 1 / (H - 1 - h)
+    for h, on in ((1, [0.5, 0.5, 0.0]), (2, [1.0, 0.0, 0.0])):  # onto the chain with probability 1 / (H - 1 - h)
         assert lock.transition[h, CORRIDOR, leave[h]].tolist() == end
         assert lock.transition[h, CORRIDOR, 1 - leave[h]].tolist() == on
         assert lock.reward[h, CORRIDOR, leave[h]] == 0 and lock.reward[h, CORRIDOR, 1 - leave[h]] == -0.5
@@ -78,8 +80,8 @@ def test_the_plain_lock_has_no_corridor_and_its_data_keeps_on_as_often_as_asked(
     lock = toy_env.plain_lock(5, A=3, keep=0.9, seed=1)
     data = toy_env.collect(lock, 20_000, generator(1, "data"))
     assert not (data.states == CORRIDOR).any()
-    assert (data.lengths == 5).float().mean().item() == pytest.approx(0.9 ** 4, abs=0.02)
-    assert toy_env.q_values(lock, lock.reward, lock.behaviour)[1] == pytest.approx(0.9 ** 5)
+    assert (data.lengths == 5).float().mean().item() == pytest.approx(0.9**4, abs=0.02)
+    assert toy_env.q_values(lock, lock.reward, lock.behaviour)[1] == pytest.approx(0.9**5)
 
 
 def test_the_exact_value_is_what_many_episodes_average_to(small):
@@ -92,13 +94,16 @@ def test_the_exact_value_is_what_many_episodes_average_to(small):
 
 def test_actions_are_drawn_from_the_policy_even_when_some_have_no_probability():
     policy = torch.tensor([0.0, 0.25, 0.0, 0.75]).repeat(6, 3, 1)
-    _, actions = toy_env.rollout(toy_env.detour_lock(6, A=4), policy, torch.zeros(40_000, dtype=torch.long), generator(0, "draws"))
+    _, actions = toy_env.rollout(
+        toy_env.detour_lock(6, A=4), policy, torch.zeros(40_000, dtype=torch.long), generator(0, "draws")
+    )
     shares = torch.bincount(actions[:, 0], minlength=4) / 40_000
     assert shares[0] == shares[2] == 0
     assert shares[1].item() == pytest.approx(0.25, abs=0.01)
 
 
 # --------------------------------------------------------------------------------------------------------------- resets
+
 
 def test_a_reset_episode_follows_the_data_and_goes_on_from_the_state_it_is_in(small):
     lock, data, _, sft, _ = small
@@ -110,7 +115,7 @@ def test_a_reset_episode_follows_the_data_and_goes_on_from_the_state_it_is_in(sm
     assert torch.equal(actions[prefix], data.actions[rows][:, :T][prefix])
     at = states[torch.arange(5000), reset_len]
     assert torch.equal(at, data.states[rows, reset_len]) and (at != END).all()
-    possible = lock.transition.flatten(0, 2)[toy_env.cells_of(states, actions, 4)[:, :-1]]      # (B, T-1, 3)
+    possible = lock.transition.flatten(0, 2)[toy_env.cells_of(states, actions, 4)[:, :-1]]  # (B, T-1, 3)
     assert (possible.gather(2, states[:, 1:, None]) > 0).all()
 
 
@@ -118,7 +123,7 @@ def test_reset_steps_are_uniform_over_each_trajectory_the_start_included():
     lengths = torch.tensor([1, 2, 5])
     data = Data(torch.zeros(3, 6, dtype=torch.long), torch.zeros(3, 6, dtype=torch.long), lengths)
     rows, reset_len = toy_env.draw_resets(data, 60_000, 1.0, generator(0, "chi square"))
-    for row, critical in ((1, 10.83), (2, 18.47)):                    # chi-square at 0.001, with 1 and 4 degrees of freedom
+    for row, critical in ((1, 10.83), (2, 18.47)):  # chi-square at 0.001, with 1 and 4 degrees of freedom
         counts = torch.bincount(reset_len[rows == row], minlength=int(lengths[row])).double()
         assert len(counts) == lengths[row]
         expected = counts.sum() / lengths[row]
@@ -165,8 +170,14 @@ def test_steps_of_the_prefix_change_neither_policy_nor_critic(small, monkeypatch
     lock, data, _, sft, reward = small
     long = data.lengths > 1
     data = Data(*[x[long] for x in data])
-    monkeypatch.setattr(toy_env, "draw_resets", lambda data, batch, beta, rng: (
-        torch.arange(batch), 1 + (torch.rand(batch, generator=rng) * (data.lengths[:batch] - 1)).long()))
+    monkeypatch.setattr(
+        toy_env,
+        "draw_resets",
+        lambda data, batch, beta, rng: (
+            torch.arange(batch),
+            1 + (torch.rand(batch, generator=rng) * (data.lengths[:batch] - 1)).long(),
+        ),
+    )
     policy, values, steps, on_chain = next(toy_env.ppo(lock, data, sft, reward, 0, 1.0, batch=256))
     torch.testing.assert_close(policy[0], sft[0], rtol=0, atol=1e-7)
     assert values[0].eq(0).all() and on_chain[0] == 0
@@ -176,12 +187,13 @@ def test_steps_of_the_prefix_change_neither_policy_nor_critic(small, monkeypatch
 
 # -------------------------------------------------------------------------------------------------------------- methods
 
+
 def test_the_step_of_ppo_at_ratio_one_is_the_policy_gradient(small):
     """lambda = 1 and no baseline: the gradient of the loss, times the steps per episode, is minus the gradient of the exact value
     but for the noise of the episodes. The exact one by differentiating the dynamic programme."""
     lock, policy = small[0], random_policy((6, 3, 4), seed=1)
     logits = policy.log().requires_grad_()
-    exact, = torch.autograd.grad(differentiable_value(lock, logits.softmax(-1)), logits)
+    (exact,) = torch.autograd.grad(differentiable_value(lock, logits.softmax(-1)), logits)
     batches = []
     for i in range(20):
         states, actions = toy_env.rollout(lock, policy, torch.zeros(20_000, dtype=torch.long), generator(i, "episodes"))
@@ -224,6 +236,7 @@ def test_the_npg_step_minimises_its_objective():
 
     def objective(p):
         return (-q * p + lam * p * (p / sft).log() + p * (p / policy).log() / eta).sum()
+
     logits = torch.zeros(shape, dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.Adam([logits], 0.02)
     for _ in range(4000):
@@ -274,7 +287,7 @@ def test_labels_prefer_the_better_trajectory_as_often_as_bradley_terry_says(smal
     lock, data, pairs, _, _ = small
     returns = toy_env.summing(data, 4)(lock.reward)
     assert torch.equal(pairs.sort(1)[0], torch.arange(20_000).view(-1, 2))
-    gap = (returns[0::2] - returns[1::2])
+    gap = returns[0::2] - returns[1::2]
     first = (pairs[:, 0] % 2 == 0).float()
     error = (first - torch.sigmoid(gap / 0.1)).mean()
     assert abs(error) < 4 * 0.5 / math.sqrt(10_000)
@@ -284,8 +297,8 @@ def test_the_fitted_reward_is_at_the_minimum_and_ranks_trajectories(small):
     lock, data, pairs, _, reward = small
     logits, sums = (reward / 0.1).requires_grad_(), toy_env.summing(data, 4)
     scores = sums(logits)
-    loss = -F.logsigmoid(scores[pairs[:, 0]] - scores[pairs[:, 1]]).mean() + 0.5 * (logits ** 2).sum() / len(pairs)
-    gradient, = torch.autograd.grad(loss, logits)
+    loss = -F.logsigmoid(scores[pairs[:, 0]] - scores[pairs[:, 1]]).mean() + 0.5 * (logits**2).sum() / len(pairs)
+    (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient.abs().max() < 1e-4
     returns, learned = sums(lock.reward), sums(reward)
     assert torch.corrcoef(torch.stack([returns, learned]))[0, 1] > 0.9
@@ -299,6 +312,7 @@ def test_fitted_q_solves_the_lock_and_shuns_what_the_data_never_tried(small):
 
 
 # ----------------------------------------------------------------------------------------------------------- experiment
+
 
 def test_what_is_reset_to_can_be_cut(small):
     data = small[1]
@@ -315,7 +329,7 @@ def test_a_plan_asks_for_nothing_twice_and_never_tunes_on_the_seeds_it_reports(m
     assert len(set(runs)) == len(runs)
     assert all((run.seed in toy_env.SEEDS) == (mode != "tune") for run in runs)
     budgets = {}
-    for run in runs:                                                  # what claims are read from is there once per seed
+    for run in runs:  # what claims are read from is there once per seed
         key = tuple(value for name, value in vars(run).items() if name not in ("budget", "run_on"))
         assert budgets.setdefault(key, run) == run
 
@@ -364,6 +378,7 @@ def test_results_of_other_code_are_not_used(quick, tmp_path, monkeypatch):
     def stop(run):
         done.append(run)
         raise InterruptedError
+
     monkeypatch.setattr(toy_env, "execute", stop)
     with pytest.raises(InterruptedError):
         toy_env.main(["--quick", "--out", str(tmp_path)])
@@ -396,11 +411,11 @@ def test_runs_that_were_not_solved_are_counted_as_such():
 
 
 def test_fits_find_the_law_that_made_the_counts():
-    power, off = toy_report.line_fit([math.log(H) for H in (10, 20, 40)], [3 * H ** 1.7 for H in (10, 20, 40)])
+    power, off = toy_report.line_fit([math.log(H) for H in (10, 20, 40)], [3 * H**1.7 for H in (10, 20, 40)])
     assert power == pytest.approx(1.7) and off < 1e-9
-    rate, off = toy_report.line_fit([4, 5, 6], [7 * 3.0 ** H for H in (4, 5, 6)])
+    rate, off = toy_report.line_fit([4, 5, 6], [7 * 3.0**H for H in (4, 5, 6)])
     assert math.exp(rate) == pytest.approx(3.0)
-    _, off = toy_report.line_fit([10, 20, 40], [3 * H ** 1.7 for H in (10, 20, 40)])
+    _, off = toy_report.line_fit([10, 20, 40], [3 * H**1.7 for H in (10, 20, 40)])
     assert off > 0.1
 
 

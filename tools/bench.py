@@ -15,6 +15,7 @@ runs to --response_length: more decoding than a trained policy needs. Seconds ar
 GPU, and what was resident at most on a CPU (Linux). The rates of matrix products and copies are measured here, not looked
 up; MFU is the model's own FLOPs, without padding and without anything computed twice, against that rate of products.
 """
+
 import argparse
 import copy
 import dataclasses
@@ -40,26 +41,37 @@ from transformers.utils import logging as transformers_logging
 import drpo
 from tools import data, memory, report
 
-Shape = namedtuple("Shape", "layers width heads vocabulary")          # of a GPT-NeoX, whose MLP is four times as wide
-PYTHIA = {"14m": Shape(6, 128, 4, 50304), "31m": Shape(6, 256, 8, 50304), "70m": Shape(6, 512, 8, 50304),
-          "160m": Shape(12, 768, 12, 50304), "410m": Shape(24, 1024, 16, 50304), "1b": Shape(16, 2048, 8, 50304),
-          "1.4b": Shape(24, 2048, 16, 50304), "2.8b": Shape(32, 2560, 32, 50304), "6.9b": Shape(32, 4096, 32, 50432),
-          "12b": Shape(36, 5120, 40, 50688)}
-CARDS, BYTES, EOS = (16, 24, 40, 48, 80), {"bfloat16": 2, "float32": 4}, 0    # GB; EOS is Pythia's
+Shape = namedtuple("Shape", "layers width heads vocabulary")  # of a GPT-NeoX, whose MLP is four times as wide
+PYTHIA = {
+    "14m": Shape(6, 128, 4, 50304),
+    "31m": Shape(6, 256, 8, 50304),
+    "70m": Shape(6, 512, 8, 50304),
+    "160m": Shape(12, 768, 12, 50304),
+    "410m": Shape(24, 1024, 16, 50304),
+    "1b": Shape(16, 2048, 8, 50304),
+    "1.4b": Shape(24, 2048, 16, 50304),
+    "2.8b": Shape(32, 2560, 32, 50304),
+    "6.9b": Shape(32, 4096, 32, 50432),
+    "12b": Shape(36, 5120, 40, 50688),
+}
+CARDS, BYTES, EOS = (16, 24, 40, 48, 80), {"bfloat16": 2, "float32": 4}, 0  # GB; EOS is Pythia's
 
 # Tokens of a prompt, and of a reference with its EOS, at these quantiles, straight lines between them. tldr: 900 TL;DR posts,
 # hh: 2,110 helpful dialogues, under Pythia's tokenizer; tiny: chosen responses of toy_env:gate_pairs, under its own
 QUANTILES = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
-LENGTHS = {"tldr": ([158, 196, 270, 350, 430, 495, 512], [16, 26, 28, 33, 38, 46, 50]),
-           "hh": ([10, 17, 30, 105, 203, 379, 512], [3, 8, 22, 43, 77, 128, 128]),
-           "tiny": ([45, 46, 48, 49, 50, 52, 54], [5, 5, 17, 21, 22, 27, 30])}
-EPISODES = {"tldr": 116722, "hh": 160800, "tiny": 4000}               # one epoch of the rows that the preset resets to
-PEERS = {"14m": 32, "70m": 16}                                        # Pythia sizes of --peers: episodes
+LENGTHS = {
+    "tldr": ([158, 196, 270, 350, 430, 495, 512], [16, 26, 28, 33, 38, 46, 50]),
+    "hh": ([10, 17, 30, 105, 203, 379, 512], [3, 8, 22, 43, 77, 128, 128]),
+    "tiny": ([45, 46, 48, 49, 50, 52, 54], [5, 5, 17, 21, 22, 27, 30]),
+}
+EPISODES = {"tldr": 116722, "hh": 160800, "tiny": 4000}  # one epoch of the rows that the preset resets to
+PEERS = {"14m": 32, "70m": 16}  # Pythia sizes of --peers: episodes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The plan. Networks, adapters, optimizer, gradients and cache are exact. Activations are what autograd keeps of
 # transformers' GPT-NeoX with PyTorch's fused attention. The rest, workspaces, is rough.
+
 
 def activation_bytes(shape, lora_r, rows, query, response, dtype, checkpointing=False, cuda=True):
     """What policy and critic keep for one backward on `rows` rows of query + response tokens.
@@ -70,14 +82,14 @@ def activation_bytes(shape, lora_r, rows, query, response, dtype, checkpointing=
     means and deviations; under autocast a bfloat16 copy of each trained matrix. In the first layer nothing before A needs a
     gradient. With checkpointing: the input of every layer, and all this for one layer at a time."""
     L, d, e, tokens = shape.layers, shape.width, BYTES[dtype], rows * (query + response)
-    autocast, stream = dtype == "bfloat16", e if lora_r else 4        # stream: bytes of a number between the layers
+    autocast, stream = dtype == "bfloat16", e if lora_r else 4  # stream: bytes of a number between the layers
     norms = 8 if autocast and cuda and lora_r else stream
     matrices = 1 if lora_r else 7
     layer = tokens * ((e * (10 + matrices) + norms) * d + e * (lora_r + query + response) + 4 * shape.heads + 4 * e)
     layer += autocast * 2 * (4 * lora_r * d if lora_r else 12 * d * d)
     first = tokens * d * (norms + 4 * e) if lora_r else 0
     kept = layer + 2 * L * tokens * stream * d if checkpointing else 2 * (L * layer - first)
-    ends = 2 * tokens * stream * d + 2 * 4 * rows * response * d      # input of the last norms; states and slopes at the head
+    ends = 2 * tokens * stream * d + 2 * 4 * rows * response * d  # input of the last norms; states and slopes at the head
     return kept + ends + 4 * rows * d * (response + 1 if autocast and not cuda else query + response)  # at the value head
 
 
@@ -85,14 +97,18 @@ def plan(shape, lora_r, micro_batch, query, response, dtype="bfloat16", checkpoi
     """-> {what: bytes} for full rows of query + response tokens. "peak" is the larger of "rollout" and "update"."""
     L, d, _, V = shape
     e, tokens, rows = BYTES[dtype], query + response, 4 * micro_batch  # rows that drpo.rollout decodes together
-    body = V * d + L * (12 * d * d + 13 * d) + 2 * d                  # embedding, layers, last norm
-    both, adapters = 2 * body + V * d, 2 * L * 4 * lora_r * d         # only the policy has the head over the vocabulary
-    trained = (adapters if lora_r else both) + d + 1                  # with the value head
-    tensors = (4 * L if lora_r else 24 * L + 7) + 2                   # of each AdamW counts the steps
-    part = {"networks": both * (e if lora_r else 2 * 4) + 2 * 4 * (d + 1),       # lora_r = 0: and the frozen twins
-            "adapters": 4 * adapters, "optimizer": 8 * trained + 4 * tensors, "gradients": 4 * trained,
-            "cache": 2 * L * d * (e if lora_r else 4) * rows * (tokens - 1),
-            "activations": activation_bytes(shape, lora_r, micro_batch, query, response, dtype, checkpointing, cuda)}
+    body = V * d + L * (12 * d * d + 13 * d) + 2 * d  # embedding, layers, last norm
+    both, adapters = 2 * body + V * d, 2 * L * 4 * lora_r * d  # only the policy has the head over the vocabulary
+    trained = (adapters if lora_r else both) + d + 1  # with the value head
+    tensors = (4 * L if lora_r else 24 * L + 7) + 2  # of each AdamW counts the steps
+    part = {
+        "networks": both * (e if lora_r else 2 * 4) + 2 * 4 * (d + 1),  # lora_r = 0: and the frozen twins
+        "adapters": 4 * adapters,
+        "optimizer": 8 * trained + 4 * tensors,
+        "gradients": 4 * trained,
+        "cache": 2 * L * d * (e if lora_r else 4) * rows * (tokens - 1),
+        "activations": activation_bytes(shape, lora_r, micro_batch, query, response, dtype, checkpointing, cuda),
+    }
     standing = part["networks"] + part["adapters"] + part["optimizer"]
     # At prefill also a layer's intermediates, 16 wide; the cache of the layer that grows; logits, softmax and its sums. In
     # backward the gradients in a layer's MLP, 8 wide, and buffers for logits. In the step AdamW's denominators
@@ -104,8 +120,16 @@ def plan(shape, lora_r, micro_batch, query, response, dtype="bfloat16", checkpoi
 
 def planned(shape, s):
     """The plan of these settings."""
-    return plan(shape, s.lora_r, s.micro_batch, s.query_length, s.response_length, s.dtype,
-                s.checkpoint_activations, s.device.startswith("cuda"))
+    return plan(
+        shape,
+        s.lora_r,
+        s.micro_batch,
+        s.query_length,
+        s.response_length,
+        s.dtype,
+        s.checkpoint_activations,
+        s.device.startswith("cuda"),
+    )
 
 
 def best_plan(shape, most, s, ranks=(1024, 256, 64, 16), cuda=True):
@@ -124,16 +148,33 @@ def print_plans(s):
     """The best plan of each size on each card. A card sold as 24 GB has 24 GiB: the 7 % between the two are left to CUDA's
     context, to workspaces and to fragmentation."""
     plans = {size: {card: best_plan(PYTHIA[size], card * 1e9, s) for card in CARDS} for size in list(PYTHIA)[3:]}
-    print(f"LoRA rank x micro-batch (GB at the peak); c: with activation checkpointing; -: none. {s.dtype}, all rows of "
-          f"{s.query_length} + {s.response_length} tokens")
-    print(report.table([["Pythia", *(f"{card} GB" for card in CARDS)]] + [[size, *(
-        f"{p['lora_r']} x {p['micro_batch']}{'c' * p['checkpoint_activations']} ({p['peak'] / 1e9:.0f})" if p else "-"
-        for p in row.values())] for size, row in plans.items()]))
+    print(
+        f"LoRA rank x micro-batch (GB at the peak); c: with activation checkpointing; -: none. {s.dtype}, all rows of "
+        f"{s.query_length} + {s.response_length} tokens"
+    )
+    print(
+        report.table(
+            [["Pythia", *(f"{card} GB" for card in CARDS)]]
+            + [
+                [
+                    size,
+                    *(
+                        f"{p['lora_r']} x {p['micro_batch']}{'c' * p['checkpoint_activations']} ({p['peak'] / 1e9:.0f})"
+                        if p
+                        else "-"
+                        for p in row.values()
+                    ),
+                ]
+                for size, row in plans.items()
+            ]
+        )
+    )
     return plans
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. The roles in memory, and the rows they work on.
+
 
 def shape_of(name):
     """The Shape that a model's name speaks of, as EleutherAI/pythia-2.8b-deduped does; None where it speaks of none."""
@@ -143,9 +184,15 @@ def shape_of(name):
 
 def random_network(shape, s, seed):
     """A GPTNeoXForCausalLM of that shape, made on the device, in the type that drpo.load_network would give it."""
-    config = GPTNeoXConfig(vocab_size=shape.vocabulary, hidden_size=shape.width, num_hidden_layers=shape.layers,
-                           num_attention_heads=shape.heads, intermediate_size=4 * shape.width, bos_token_id=None,
-                           eos_token_id=None)
+    config = GPTNeoXConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.width,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     torch.manual_seed(seed)
     with torch.device(s.device):
         dtype = getattr(torch, s.dtype) if s.lora_r else torch.float32
@@ -154,6 +201,7 @@ def random_network(shape, s, seed):
 
 def build(s, shape=None):
     """-> (roles, optimizer) as in drpo.train_drpo: of random weights where a shape is given, else of --model, twice."""
+
     def network(seed):
         return random_network(shape, s, seed) if shape else drpo.load_network(s.model, s, full=not s.lora_r)
 
@@ -167,8 +215,9 @@ def build(s, shape=None):
     if s.checkpoint_activations:
         memory.checkpoint_layers(modules)
     params = [p for p in modules.parameters() if p.requires_grad]
-    return SimpleNamespace(policy=policy, reference=reference, critic=critic, value_head=value_head, reward=reward,
-                           reward_head=reward_head), torch.optim.AdamW(params, lr=s.lr, eps=1e-5)
+    return SimpleNamespace(
+        policy=policy, reference=reference, critic=critic, value_head=value_head, reward=reward, reward_head=reward_head
+    ), torch.optim.AdamW(params, lr=s.lr, eps=1e-5)
 
 
 def numbers(text, add_special_tokens=True):
@@ -204,13 +253,14 @@ def read_posts(path):
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. What an update costs.
 
+
 def peak_rss():
     """The most GB that were resident since the last call. Linux knows; elsewhere nan."""
     status = Path("/proc/self/status")
     if not status.exists():
         return math.nan
     peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e9
-    Path("/proc/self/clear_refs").write_text("5")                     # from here on anew
+    Path("/proc/self/clear_refs").write_text("5")  # from here on anew
     return peak
 
 
@@ -221,6 +271,7 @@ def timed_update(roles, optimizer, rows, update, tokenizer, s):
     def watched(s):
         laps.append((time.process_time(), peak_rss()))
         return lap(s)
+
     with patch.object(drpo, "lap", watched):
         figures = drpo.drpo_update(roles, optimizer, rows, update, tokenizer, s, f"update {update}")
     for phase, (start, _), (end, gb) in zip(drpo.PHASES, laps, laps[1:]):
@@ -238,6 +289,7 @@ def device_rates(s):
         began = drpo.lap(s)[0]
         work()
         return drpo.lap(s)[0] - began
+
     product, copying = [min(seconds(work) for _ in range(5)) for work in (lambda: a[0] @ a[1], lambda: x[1].copy_(x[0]))]
     return 2 * a.shape[1] ** 3 / product, x.nbytes / copying
 
@@ -254,8 +306,11 @@ def model_flops(roles, s, tokens, decoded):
     n, logits = tokens.sum(), 2 * head.weight.numel() * decoded
     forward, backward = 2 * (trained + frozen) * n + attention, (4 * trained + 2 * frozen) * n + 2 * attention
     adapter_off = 2 * (frozen or trained) * n + attention
-    return {"rollout": forward + logits, "score": 2 * (forward + adapter_off + logits),
-            "update": s.epochs * (2 * (forward + backward) + logits * (2 + head.weight.requires_grad))}
+    return {
+        "rollout": forward + logits,
+        "score": 2 * (forward + adapter_off + logits),
+        "update": s.epochs * (2 * (forward + backward) + logits * (2 + head.weight.requires_grad)),
+    }
 
 
 def decode_bandwidth(roles, rows, tokenizer, s):
@@ -268,11 +323,12 @@ def decode_bandwidth(roles, rows, tokenizer, s):
         began, uniforms = drpo.lap(s)[0], torch.rand(group, width, generator=drpo.generator(s.seed, "bench decode"))
         drpo.rollout(policy, queries, [[]] * group, uniforms, tokenizer, s, s.temperature, stop_at_eos=False)
         return drpo.lap(s)[0] - began
+
     with torch.no_grad():
         cache = policy(input_ids=torch.ones(1, 1, dtype=torch.long, device=s.device), use_cache=True).past_key_values
     token = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     weights = sum(p.nbytes for p in policy.parameters()) - policy.get_input_embeddings().weight.nbytes
-    seconds(T)                                                        # once for the device to warm up
+    seconds(T)  # once for the device to warm up
     return (T - 1) * (weights + token * (sum(map(len, queries)) + group * T / 2)) / (seconds(T) - seconds(1))
 
 
@@ -299,9 +355,10 @@ def largest_micro_batch(roles, optimizer, rows, tokenizer, s, shape):
 
     def tried(size):
         one = dataclasses.replace(s, micro_batch=size, batch_size=min(4 * size, s.batch_size), epochs=1, beta=0.0)
-        return drpo.drpo_update(roles, optimizer, longest[:one.batch_size], 1, tokenizer, one, f"micro_batch {size}")
+        return drpo.drpo_update(roles, optimizer, longest[: one.batch_size], 1, tokenizer, one, f"micro_batch {size}")
+
     found = doubled(tried if s.device.startswith("cuda") else planned_to_fit, s.batch_size)
-    optimizer.zero_grad()                                             # what a failed try has left
+    optimizer.zero_grad()  # what a failed try has left
     return found
 
 
@@ -315,20 +372,24 @@ def bench(s, shape, random_weights, auto, lengths, iterations):
             drpo.stop(f"--tokenizer has {len(tokenizer)} tokens, but --model {s.model} embeds only {vocabulary}")
     else:
         if s.preset not in LENGTHS:
-            drpo.stop(f"--preset {s.preset}: is not trained on, and its lengths are not known; --lengths FILE takes those of its rows")
+            drpo.stop(
+                f"--preset {s.preset}: is not trained on, and its lengths are not known; --lengths FILE takes those of its rows"
+            )
         rows = synthetic_rows(iterations * s.batch_size, vocabulary, LENGTHS[s.preset], s.seed)
         tokenizer = numbers
     if auto:
         s = dataclasses.replace(s, micro_batch=largest_micro_batch(roles, optimizer, rows, tokenizer, s, shape))
-    timed_update(roles, optimizer, rows, 1, tokenizer, dataclasses.replace(s, batch_size=4, epochs=1))    # to warm up
+    timed_update(roles, optimizer, rows, 1, tokenizer, dataclasses.replace(s, batch_size=4, epochs=1))  # to warm up
     matmul, copying = device_rates(s)
     B, updates = s.batch_size, s.updates or max(1, EPISODES[s.preset] // s.batch_size)
     drawn = drpo.draw(rows, B, iterations, s.seed, "rl")
     query = np.array([len(drpo.encode_query(row["prompt"], tokenizer, s.query_length)) for row in drawn])
     methods, table = {}, [["", "seconds", "tokens/s", "GB", "MFU"]]
     for name, beta in (("PPO", 0.0), ("DR-PO", s.beta)):
-        runs = [timed_update(roles, optimizer, rows, update, tokenizer, dataclasses.replace(s, beta=beta))
-                for update in range(1, iterations + 1)]
+        runs = [
+            timed_update(roles, optimizer, rows, update, tokenizer, dataclasses.replace(s, beta=beta))
+            for update in range(1, iterations + 1)
+        ]
         one = methods[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         tokens = query + one["response_tokens"]
         flops = model_flops(roles, s, tokens, one["tokens_decoded"])
@@ -336,7 +397,9 @@ def bench(s, shape, random_weights, auto, lengths, iterations):
         for phase in drpo.PHASES:
             seconds, gb = one[f"seconds_{phase}"], one[f"gb_{phase}"]
             rate, mfu = one[f"tokens_per_second_{phase}"], one[f"mfu_{phase}"] = (
-                counts[phase] / seconds, flops[phase] / seconds / matmul)
+                counts[phase] / seconds,
+                flops[phase] / seconds / matmul,
+            )
             table.append([f"{name} {phase}", f"{seconds:.2f}", f"{rate:,.0f}", f"{gb:.2f}", f"{mfu:.0%}"])
         one["hours"] = updates * sum(one[f"seconds_{phase}"] for phase in drpo.PHASES) / 3600
         one["gb"] = max(one[f"gb_{phase}"] for phase in drpo.PHASES)
@@ -344,17 +407,30 @@ def bench(s, shape, random_weights, auto, lengths, iterations):
     decoding = decode_bandwidth(roles, rows, tokenizer, s)
     cuda = s.device.startswith("cuda")
     device = torch.cuda.get_device_name(s.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{s.model}{', random weights' * random_weights}, {s.dtype}, lora_r {s.lora_r}, micro_batch {s.micro_batch}\n"
-          f"{device}: {matmul / 1e12:.3g} TFLOP/s in matrix products, {copying / 1e9:.3g} GB/s in copies, measured here\n"
-          f"{B} episodes, prompts of {query.mean():.0f} tokens on average; medians of {iterations}\n\n{report.table(table)}\n\n"
-          f"decoding: {decoding / 1e9:.3g} GB/s with {4 * s.micro_batch} rows together, {decoding / copying:.0%} of a copy\n"
-          f"resets: DR-PO decodes {share:.2f} of the row-steps of PPO")
+    print(
+        f"{s.model}{', random weights' * random_weights}, {s.dtype}, lora_r {s.lora_r}, micro_batch {s.micro_batch}\n"
+        f"{device}: {matmul / 1e12:.3g} TFLOP/s in matrix products, {copying / 1e9:.3g} GB/s in copies, measured here\n"
+        f"{B} episodes, prompts of {query.mean():.0f} tokens on average; medians of {iterations}\n\n{report.table(table)}\n\n"
+        f"decoding: {decoding / 1e9:.3g} GB/s with {4 * s.micro_batch} rows together, {decoding / copying:.0%} of a copy\n"
+        f"resets: DR-PO decodes {share:.2f} of the row-steps of PPO"
+    )
     for name, one in methods.items():
-        print(f"the full {name} run: {updates} updates, {updates * B / 1000:.3g}k episodes: "
-              f"{one['hours']:.2g} h, {one['gb']:.2g} GB")
-    return {"settings": dataclasses.asdict(s), "random_weights": random_weights, "device": device,
-            "torch": torch.__version__, "matmul_flops": matmul, "copy_bytes": copying, "decode_bytes": decoding,
-            "row_steps_share": share, "updates": updates, "methods": methods}
+        print(
+            f"the full {name} run: {updates} updates, {updates * B / 1000:.3g}k episodes: "
+            f"{one['hours']:.2g} h, {one['gb']:.2g} GB"
+        )
+    return {
+        "settings": dataclasses.asdict(s),
+        "random_weights": random_weights,
+        "device": device,
+        "torch": torch.__version__,
+        "matmul_flops": matmul,
+        "copy_bytes": copying,
+        "decode_bytes": decoding,
+        "row_steps_share": share,
+        "updates": updates,
+        "methods": methods,
+    }
 
 
 def out_of_memory(s, shape):
@@ -362,12 +438,14 @@ def out_of_memory(s, shape):
     cuda = s.device.startswith("cuda")
     total = torch.cuda.get_device_properties(s.device).total_memory if cuda else math.inf
     ranks = [s.lora_r, *(r for r in (1024, 256, 64, 16) if r < (s.lora_r or math.inf))]
-    most = shape and min(total * 1e9 / 2 ** 30, planned(shape, s)["peak"] - 1)    # as much to spare as in print_plans
+    most = shape and min(total * 1e9 / 2**30, planned(shape, s)["peak"] - 1)  # as much to spare as in print_plans
     fit = shape and best_plan(shape, most, s, ranks, cuda)
     less = "nothing smaller"
     if fit:
-        less = (f"--lora_r {fit['lora_r']} --micro_batch {fit['micro_batch']}"
-                f"{' --checkpoint_activations' * fit['checkpoint_activations']} ({fit['peak'] / 1e9:.2g} GB)")
+        less = (
+            f"--lora_r {fit['lora_r']} --micro_batch {fit['micro_batch']}"
+            f"{' --checkpoint_activations' * fit['checkpoint_activations']} ({fit['peak'] / 1e9:.2g} GB)"
+        )
     have = f"{total / 1e9:.0f} GB" if cuda else "this machine's memory"
     return f"OOM: --lora_r {s.lora_r} --micro_batch {s.micro_batch} in {have}; by the plan fits {less}"
 
@@ -375,15 +453,21 @@ def out_of_memory(s, shape):
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. The structure of the official code, to compare with.
 
+
 def whole(network, ids, mask):
     """A forward pass as the official code makes it: all positions, and all hidden states kept."""
-    return network(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                   output_hidden_states=True, use_cache=False)
+    return network(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        output_hidden_states=True,
+        use_cache=False,
+    )
 
 
 def official_logprobs(policy, ids, mask, T, temperature):
     """log pi of the last T tokens and the entropy, (B, T) each, from all logits and the full log-softmax."""
-    logits = whole(policy, ids, mask).logits[:, -T - 1:-1] / temperature
+    logits = whole(policy, ids, mask).logits[:, -T - 1 : -1] / temperature
     logprobs = logits.log_softmax(-1).gather(2, ids[:, -T:, None])[..., 0]
     with torch.no_grad():
         return logprobs, logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
@@ -405,12 +489,20 @@ def official_rollouts(policy, rows, update, tokenizer, s):
     how = GenerationConfig(max_new_tokens=T, do_sample=True, temperature=s.temperature, top_k=0, pad_token_id=EOS)
     done = []
     for at in torch.arange(len(ids)).split(4 * s.micro_batch):
+
         def force(sequences, scores):
             t = sequences.shape[1] - Q
             only = torch.full_like(scores, -math.inf).scatter(1, forced[at, t, None], 0.0)
             return torch.where(t < reset_len[at, None], only, scores)
-        done.append(policy.generate(input_ids=ids[at], attention_mask=mask[at, :Q].long(), generation_config=how,
-                                    logits_processor=LogitsProcessorList([force])))
+
+        done.append(
+            policy.generate(
+                input_ids=ids[at],
+                attention_mask=mask[at, :Q].long(),
+                generation_config=how,
+                logits_processor=LogitsProcessorList([force]),
+            )
+        )
     return torch.cat(done), mask, reset_len
 
 
@@ -423,7 +515,8 @@ def official_update(roles, optimizer, rows, update, tokenizer, s):
     clock.append(time.process_time())
 
     def head_on(head, network, at):
-        return head(whole(network, ids[at], mask[at]).hidden_states[-1])[:, -T - 1:, 0]
+        return head(whole(network, ids[at], mask[at]).hidden_states[-1])[:, -T - 1 :, 0]
+
     is_eos, (logprobs, ref_logprobs, values), scores = ids[:, -T:] == EOS, torch.zeros(3, B, T), torch.zeros(B)
     end, chunks = torch.where(is_eos, torch.arange(T), T - 1).amin(1), torch.arange(B).split(s.micro_batch)
     _, free, everything = drpo.token_masks(reset_len, end + 1, T, "official")
@@ -460,8 +553,19 @@ SIDES = {"official": official_update, "ours": timed_update}
 def peer(size, episodes):
     """What an update of either side is called with, but for its number. Two threads."""
     torch.set_num_threads(2)
-    s = drpo.parse(["drpo", "--preset=tldr", f"--model={size}", "--device=cpu", "--dtype=float32", "--query_length=128",
-                    "--lora_r=16", "--micro_batch=8", f"--batch_size={episodes}"])[1]
+    s = drpo.parse(
+        [
+            "drpo",
+            "--preset=tldr",
+            f"--model={size}",
+            "--device=cpu",
+            "--dtype=float32",
+            "--query_length=128",
+            "--lora_r=16",
+            "--micro_batch=8",
+            f"--batch_size={episodes}",
+        ]
+    )[1]
     lengths = [64 + 64 * quantile for quantile in QUANTILES], [s.response_length] * len(QUANTILES)
     roles, optimizer = build(s, PYTHIA[size])
     rows = synthetic_rows(10 * s.batch_size, PYTHIA[size].vocabulary, lengths, s.seed)
@@ -487,9 +591,10 @@ def peers(iterations):
                 runs[side].append(figures | {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall})
         ours = {**given["ours"], "s": dataclasses.replace(given["ours"]["s"], beta=0.0)}
         ppo_steps = timed_update(**ours, update=1)["tokens_decoded"]
-        one = results[size] = {name: [statistics.median(run[key] for run in runs[side]) for side in SIDES]
-                               for key, name in names.items()}
-        del given, ours                                               # their memory, before others need it
+        one = results[size] = {
+            name: [statistics.median(run[key] for run in runs[side]) for side in SIDES] for key, name in names.items()
+        }
+        del given, ours  # their memory, before others need it
         one["peak GB"] = []
         for side in SIDES:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -501,11 +606,15 @@ def peers(iterations):
 
 
 def main(argv=None):
-    sys.path.append(os.getcwd())                                      # where a module:function may live
+    sys.path.append(os.getcwd())  # where a module:function may live
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for flag in ("--random_weights", "--plan", "--peers"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--micro_batch")
@@ -523,19 +632,26 @@ def main(argv=None):
     s = drpo.parse(["drpo", *["--preset=tldr"] * options.plan, *given])[1]
     shape = shape_of(s.model)
     if (options.random_weights or auto) and not shape:
-        drpo.stop(f"--model {s.model}: --random_weights and --micro_batch auto need the name of a Pythia size in it: "
-                  f"{', '.join(PYTHIA)}")
+        drpo.stop(
+            f"--model {s.model}: --random_weights and --micro_batch auto need the name of a Pythia size in it: "
+            f"{', '.join(PYTHIA)}"
+        )
     try:
         if options.json:
-            options.json.touch()                                      # now, not after an hour
+            options.json.touch()  # now, not after an hour
     except OSError as error:
         drpo.stop(f"--json {options.json}: {error}")
     try:
         device = torch.device(s.device).type
         with torch.autocast(device, torch.bfloat16, enabled=s.dtype == "bfloat16" and not options.peers, cache_enabled=False):
-            figures = print_plans(s) if options.plan else peers(options.iterations or 5) if options.peers else bench(
-                s, shape, options.random_weights, auto, options.lengths, options.iterations or 3)
-    except RuntimeError as error:                                     # on a CPU it is this type, with these words
+            figures = (
+                print_plans(s)
+                if options.plan
+                else peers(options.iterations or 5)
+                if options.peers
+                else bench(s, shape, options.random_weights, auto, options.lengths, options.iterations or 3)
+            )
+    except RuntimeError as error:  # on a CPU it is this type, with these words
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         drpo.stop(out_of_memory(s, shape))

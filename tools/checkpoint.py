@@ -6,6 +6,7 @@
 A checkpoint is written under another name on the same file system, flushed to the disk, and renamed: whatever kills the
 process, a reader finds the old one or the new one. There is no pickle in it.
 """
+
 import contextlib
 import hashlib
 import json
@@ -22,20 +23,25 @@ def save(folder, update, params, optimizer, settings, keep=1):
     """Writes FOLDER/UPDATE, and then deletes all but the `keep` newest. params: {name: trained tensor}.
 
     An OSError, as of a full disk, leaves what was there before."""
-    moments = {f"optimizer.{i}.{key}": value for i, values in optimizer.state_dict()["state"].items()
-               for key, value in values.items()}
+    moments = {
+        f"optimizer.{i}.{key}": value for i, values in optimizer.state_dict()["state"].items() for key, value in values.items()
+    }
     new = folder / f".{update:06d}"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         tensors = {f"param.{name}": p.detach() for name, p in params.items()} | moments
         save_file({name: x.contiguous() for name, x in tensors.items()}, new / "tensors.safetensors")
-        state = {"update": update, "settings": settings, "param_groups": optimizer.state_dict()["param_groups"],
-                 "sha256": digest(new / "tensors.safetensors")}
+        state = {
+            "update": update,
+            "settings": settings,
+            "param_groups": optimizer.state_dict()["param_groups"],
+            "sha256": digest(new / "tensors.safetensors"),
+        }
         (new / "state.json").write_text(json.dumps(state, indent=1))
         for path in (new / "tensors.safetensors", new / "state.json", new):
             flush(path)
-        shutil.rmtree(folder / f"{update:06d}", ignore_errors=True)   # there only if it is damaged
+        shutil.rmtree(folder / f"{update:06d}", ignore_errors=True)  # there only if it is damaged
         new.rename(folder / f"{update:06d}")
         flush(folder)
     except (OSError, SafetensorError) as error:
@@ -81,14 +87,14 @@ def load(path, params, optimizer):
 def digest(path):
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(2 ** 24):
+        while block := file.read(2**24):
             sha256.update(block)
     return sha256.hexdigest()
 
 
 def flush(path):
     """Has the file, or the folder's list of names, on the disk before anything else happens."""
-    if path.is_dir() and os.name != "posix":                          # where a folder cannot be opened
+    if path.is_dir() and os.name != "posix":  # where a folder cannot be opened
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -104,6 +110,7 @@ def hold(folder):
     file = (folder / ".lock").open("w")
     try:
         import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass

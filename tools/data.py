@@ -2,6 +2,7 @@
 
 `load_rows` is all that drpo.py asks for; a layout is told by its columns, never by the name of a dataset.
 """
+
 import functools
 import importlib
 import inspect
@@ -56,8 +57,10 @@ def load_rows(source, kind, seed):
             row = {"reference": row["chosen"], **row} if "chosen" in row else row
             for name in fields:
                 if not isinstance(row.get(name), str):
-                    stop(f"{source}: {part} row {number}: {name} must be text, not {type(row.get(name)).__name__} "
-                         f"(the row has {', '.join(row)})")
+                    stop(
+                        f"{source}: {part} row {number}: {name} must be text, not {type(row.get(name)).__name__} "
+                        f"(the row has {', '.join(row)})"
+                    )
                 if re.search("[\ud800-\udfff]", row[name]):
                     stop(f"{source}: {part} row {number}: {name} has half of a surrogate pair in it, which is not text")
             texts = {name: row[name].strip() for name in fields}
@@ -78,9 +81,10 @@ def load(source):
     `source` is a json, jsonl, csv or parquet file (also .gz), a folder of them, or a Hub name, as name or name:config. Where
     there is a train split only, as in a file, its last tenth is held out. Raises ValueError with one line that names what is
     wrong and where."""
-    import datasets                                                   # slow to import, and the toy corpus does without
+    import datasets  # slow to import, and the toy corpus does without
+
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)                  # what goes wrong is said once, below
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said once, below
     reader = READERS.get(Path(source.removesuffix(".gz")).suffix)
     if (reader or source.startswith(("/", "."))) and not Path(source).exists():
         raise ValueError(f"{source}: no such file or folder")
@@ -91,7 +95,7 @@ def load(source):
     try:
         name, _, config = source.partition(":")
         splits = datasets.load_dataset(reader, data_files=source) if reader else datasets.load_dataset(name, config or None)
-    except Exception as error:                                        # `datasets` has some twenty types for a bad source
+    except Exception as error:  # `datasets` has some twenty types for a bad source
         reason = str(error.__cause__ or "") or str(error) or type(error).__name__  # the cause knows the row
         raise ValueError(f"{source}: cannot be read: {reason}") from error
     if "train" not in splits:
@@ -107,7 +111,7 @@ def load(source):
             for row in rows:
                 result[-1].append(read_row(row))
         except (TypeError, AttributeError, KeyError, IndexError, UnicodeDecodeError) as error:
-            number = len(result[-1])                                  # of the row after the last good one
+            number = len(result[-1])  # of the row after the last good one
             raise ValueError(f"{source}: {part} row {number} cannot be read: {type(error).__name__}: {error}") from error
     return result
 
@@ -125,23 +129,34 @@ def read_row(row):
 
     Two dialogues that do not share a prompt get an empty one, for the caller to drop and count."""
     has = row.keys().__ge__
-    if has({"info", "summaries", "choice"}):                          # openai/summarize_from_feedback and vwxyzjn's builds
-        article = row["info"].get("article")                          # CNN/DM rows have one instead of a post
+    if has({"info", "summaries", "choice"}):  # openai/summarize_from_feedback and vwxyzjn's builds
+        article = row["info"].get("article")  # CNN/DM rows have one instead of a post
         texts, choice = [summary["text"] for summary in row["summaries"]], row["choice"]
-        return {"prompt": article_prompt(article) if article else tldr_prompt(row["info"]),
-                "chosen": texts[choice], "rejected": texts[1 - choice], "batch": row.get("batch")}
-    if has({"prompt", "chosen", "rejected"}):                         # trl-lib/tldr-preference, CarperAI, Dahoas
+        return {
+            "prompt": article_prompt(article) if article else tldr_prompt(row["info"]),
+            "chosen": texts[choice],
+            "rejected": texts[1 - choice],
+            "batch": row.get("batch"),
+        }
+    if has({"prompt", "chosen", "rejected"}):  # trl-lib/tldr-preference, CarperAI, Dahoas
         return {name: row[name] for name in ("prompt", "chosen", "rejected")}
-    if has({"chosen", "rejected"}):                                   # Anthropic/hh-rlhf: two whole dialogues
-        (prompt, mark, chosen), (other, _, rejected) = [row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected")]
+    if has({"chosen", "rejected"}):  # Anthropic/hh-rlhf: two whole dialogues
+        (prompt, mark, chosen), (other, _, rejected) = [
+            row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected")
+        ]
         return {"prompt": prompt + mark if prompt == other else "", "chosen": chosen, "rejected": rejected}
-    if has({"article", "highlights"}):                                # abisee/cnn_dailymail
+    if has({"article", "highlights"}):  # abisee/cnn_dailymail
         return {"prompt": article_prompt(row["article"]), "reference": row["highlights"]}
-    if has({"subreddit", "title", "post", "summary"}):                # vwxyzjn/ and cleanrl/...tldr_3_filtered...
+    if has({"subreddit", "title", "post", "summary"}):  # vwxyzjn/ and cleanrl/...tldr_3_filtered...
         return {"prompt": tldr_prompt(row), "reference": row["summary"]}
-    for prompt, reference in [("prompt", "reference"), ("prompt", "completion"), ("prompt", "label"), ("prompt", "response"),
-                              ("query", "reference_response")]:       # trl-lib/tldr, CarperAI, Dahoas; older cleanrl builds
+    for prompt, reference in [
+        ("prompt", "reference"),
+        ("prompt", "completion"),
+        ("prompt", "label"),
+        ("prompt", "response"),
+        ("query", "reference_response"),
+    ]:  # trl-lib/tldr, CarperAI, Dahoas; older cleanrl builds
         if has({prompt, reference}):
-            text = row[reference]                                     # those older builds have the EOS in the text
+            text = row[reference]  # those older builds have the EOS in the text
             return {"prompt": row[prompt], "reference": text.removesuffix("<|endoftext|>") if isinstance(text, str) else text}
     return row

@@ -1,4 +1,5 @@
 """The eval stage of drpo.py: every finished method of a run on the same held-out prompts, and who judges them."""
+
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ from tools.running import USES
 
 def load_judge(s, backbone=None, head=None, tokenizer=None):
     """-> judge(prompts, a, b) -> [P(a is preferred), or None where there is no verdict, ...], from lists of texts."""
+
     def by_reward(prompts, a, b):
         nonlocal backbone, head, tokenizer
         if other_run:
@@ -25,9 +27,9 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
         return ((torch.sign(first - second) + 1) / 2).tolist()
 
     def by_api(prompts, a, b):
-        found = torch.zeros(len(prompts), dtype=torch.double)         # nan: no verdict
+        found = torch.zeros(len(prompts), dtype=torch.double)  # nan: no verdict
         try:
-            if drpo.world()[0] == 0:                                  # asked, and paid for, once
+            if drpo.world()[0] == 0:  # asked, and paid for, once
                 found += torch.tensor([math.nan if p is None else p for p in verdicts(prompts, a, b)])
         except ValueError as error:
             drpo.stop(error)
@@ -35,9 +37,11 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
 
     other_run = s.judge.removeprefix("rm:") if s.judge.startswith("rm:") else None
     if other_run and not Path(other_run, "rm", "config.json").exists():
-        drpo.stop(f"--judge {s.judge}: there is no reward model in {other_run}/rm; make one with: python drpo.py rm --run_dir {other_run}")
+        drpo.stop(
+            f"--judge {s.judge}: there is no reward model in {other_run}/rm; make one with: python drpo.py rm --run_dir {other_run}"
+        )
     if s.judge == "rm" or other_run:
-        return by_reward                                              # the run's own: what was optimised
+        return by_reward  # the run's own: what was optimised
     if s.judge.startswith("api:") and len(s.judge) > 4:
         try:
             verdicts = api_judge(s.judge[4:], s.run_dir, s.seed, s.both_orders, s.judge_prompt)
@@ -51,8 +55,9 @@ def yardsticks(s):
     """What methods are measured with, all of the run: {sft, backbone, head: its SFT and reward model, tokenizer, judge}."""
     tokenizer, sft = drpo.load_tokenizer(f"{s.run_dir}/sft", s), drpo.load_network(f"{s.run_dir}/sft", s)
     backbone, head = drpo.load_reward(f"{s.run_dir}/rm", s)
-    return SimpleNamespace(sft=sft, backbone=backbone, head=head, tokenizer=tokenizer,
-                           judge=load_judge(s, backbone, head, tokenizer))
+    return SimpleNamespace(
+        sft=sft, backbone=backbone, head=head, tokenizer=tokenizer, judge=load_judge(s, backbone, head, tokenizer)
+    )
 
 
 def measure(network, rows, s, by):
@@ -63,16 +68,26 @@ def measure(network, rows, s, by):
     and `kl_rm_score` is the score of those very samples; everything else is measured at the evaluation temperature."""
     prompts, references = [row["prompt"] for row in rows], [row["reference"] for row in rows]
     responses, tempered = [drpo.sample(network, rows, s, by.tokenizer, at) for at in (s.eval_temperature, s.temperature)]
-    log_pi, log_sft = [drpo.per_row(lambda part: drpo.sequence_logprobs(net, part, s.temperature), rows, tempered, s, by.tokenizer)
-                       for net in (network, by.sft)]
-    rm_scores, kl_rm_scores = [drpo.per_row(lambda part: drpo.end_scores(by.backbone, by.head, part), rows, said, s, by.tokenizer)
-                               for said in (responses, tempered)]
+    log_pi, log_sft = [
+        drpo.per_row(lambda part: drpo.sequence_logprobs(net, part, s.temperature), rows, tempered, s, by.tokenizer)
+        for net in (network, by.sft)
+    ]
+    rm_scores, kl_rm_scores = [
+        drpo.per_row(lambda part: drpo.end_scores(by.backbone, by.head, part), rows, said, s, by.tokenizer)
+        for said in (responses, tempered)
+    ]
     texts = drpo.decode(responses, by.tokenizer)
-    return {"response": texts, "win_rate": by.judge(prompts, texts, references), "kl": (log_pi - log_sft).tolist(),
-            "rm_score": rm_scores.tolist(), "kl_rm_score": kl_rm_scores.tolist(),
-            **{f"rouge_{kind.lower()}": drpo.rouge(texts, rows, f"rouge{kind}") for kind in "12L"},
-            "response_tokens": [len(ids) for ids in responses],
-            "eos_rate": [int(ids[-1] == by.tokenizer.eos_token_id) for ids in responses], "ids": responses}
+    return {
+        "response": texts,
+        "win_rate": by.judge(prompts, texts, references),
+        "kl": (log_pi - log_sft).tolist(),
+        "rm_score": rm_scores.tolist(),
+        "kl_rm_score": kl_rm_scores.tolist(),
+        **{f"rouge_{kind.lower()}": drpo.rouge(texts, rows, f"rouge{kind}") for kind in "12L"},
+        "response_tokens": [len(ids) for ids in responses],
+        "eos_rate": [int(ids[-1] == by.tokenizer.eos_token_id) for ids in responses],
+        "ids": responses,
+    }
 
 
 def require_same_tokenizer(name, s, tokenizer):
@@ -89,7 +104,7 @@ def evaluate(s):
     row per prompt, and eval.json, what is known of the run; tools/report.py makes tables, intervals and figures of them."""
     run = Path(s.run_dir)
     results = {stage: json.loads(path.read_text()) for stage in USES if (path := run / stage / "result.json").exists()}
-    rows, by = drpo.load_rows(s.dataset, "reference", s.seed)[1][:s.eval_samples], yardsticks(s)
+    rows, by = drpo.load_rows(s.dataset, "reference", s.seed)[1][: s.eval_samples], yardsticks(s)
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     folders = {name: f"{run}/{name}" for name in ("sft", "dpo", "ppo", "drpo") if name in results}
     for name in s.others:
@@ -103,5 +118,13 @@ def evaluate(s):
     if drpo.world()[0] > 0:
         return
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
-    (run / "eval.json").write_text(json.dumps({"rm": results["rm"], "sft": results["sft"], "settings": dataclasses.asdict(s),
-                                               "seconds": {stage: result.pop("seconds") for stage, result in results.items()}}))
+    (run / "eval.json").write_text(
+        json.dumps(
+            {
+                "rm": results["rm"],
+                "sft": results["sft"],
+                "settings": dataclasses.asdict(s),
+                "seconds": {stage: result.pop("seconds") for stage, result in results.items()},
+            }
+        )
+    )

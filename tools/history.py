@@ -10,6 +10,7 @@ function(prompt, response), such as toy_env:gold_score; never by the RM score, w
 
 history.jsonl holds a line per measurement; report.md gets a section, and the figure overoptimisation.png.
 """
+
 import argparse
 import json
 import statistics
@@ -35,12 +36,14 @@ def policy_at(path, s):
 def split(s):
     """The held-out rows -> (validation rows, test rows): the latter are those of `eval`, and share no prompt with the former."""
     held_out = drpo.load_rows(s.dataset, "reference", s.seed)[1]
-    test = held_out[:s.eval_samples]
+    test = held_out[: s.eval_samples]
     taken = {row["prompt"] for row in test}
-    validation = [row for row in held_out[s.eval_samples:] if row["prompt"] not in taken][:s.eval_samples]
+    validation = [row for row in held_out[s.eval_samples :] if row["prompt"] not in taken][: s.eval_samples]
     if not validation:
-        drpo.stop(f"--eval_samples {s.eval_samples}: takes all {len(held_out)} held-out rows, and leaves none for validation; "
-                  f"make it smaller, and run eval again with it")
+        drpo.stop(
+            f"--eval_samples {s.eval_samples}: takes all {len(held_out)} held-out rows, and leaves none for validation; "
+            f"make it smaller, and run eval again with it"
+        )
     return validation, test
 
 
@@ -76,13 +79,17 @@ def measure(s, gold):
 def main(argv=None):
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(prog="python -m tools.history", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.history",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, metavar="DIR", help="the folder of a finished run")
     parser.add_argument("--gold", default="", help="module:function (prompt, response) -> a score that was not optimised")
     parser.error = drpo.stop
     options, given = parser.parse_known_args(argv)
-    sys.path.append(str(Path.cwd()))                                  # where a module:function may live
+    sys.path.append(str(Path.cwd()))  # where a module:function may live
     s = drpo.parse(["eval", *show.recorded(options.run, given), *given])[1]
     gold = data.resolve(options.gold) if options.gold else None
     if options.gold and not gold:

@@ -11,6 +11,7 @@ Each verdict is appended to verdicts.jsonl as it comes in, under a hash of what 
 goes on where it was. A line holds key, model, verdict ("A" is the text shown first; null: none) and reply. Delete it to
 ask again, and the file when another model has taken the name of the one that wrote it.
 """
+
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient, is_offline_mode
-from huggingface_hub.errors import HTTPError                          # httpx's: the root of what its requests raise
+from huggingface_hub.errors import HTTPError  # httpx's: the root of what its requests raise
 from tqdm import tqdm
 
 # The paper's criteria in our own words, and its layout: a sentence that compares, then the choice. A fence is a line
@@ -60,13 +61,13 @@ second states your choice, and is either "Preferred: A" or "Preferred: B".
 # The last line of a reply: the choice and nothing else. Quotes and Markdown's asterisks around it do no harm.
 VERDICT = re.compile(r"""[\s*_"]*Preferred[*_]*:[\s*_"]*([AB])[\s*_".]*""")
 
-TRIES = 3                     # how often a question is asked whose replies have no verdict
-HOPELESS = 20                 # after this many questions without one verdict no more are asked
-ATTEMPTS = 8                  # how often a request is sent while the endpoint is busy, broken or out of reach
-BACKOFF = 1.0                 # seconds, at most, after the first of them; each further wait is about twice as long
-LONGEST_WAIT = 600.0          # seconds; a server that wants more patience than that stops the evaluation
-TIMEOUT = 300.0               # seconds for one answer: a slow local server has the requests of all workers in its queue
-MAX_TOKENS = 1024             # of one reply: more than ten times what two lines need, for models that think aloud
+TRIES = 3  # how often a question is asked whose replies have no verdict
+HOPELESS = 20  # after this many questions without one verdict no more are asked
+ATTEMPTS = 8  # how often a request is sent while the endpoint is busy, broken or out of reach
+BACKOFF = 1.0  # seconds, at most, after the first of them; each further wait is about twice as long
+LONGEST_WAIT = 600.0  # seconds; a server that wants more patience than that stops the evaluation
+TIMEOUT = 300.0  # seconds for one answer: a slow local server has the requests of all workers in its queue
+MAX_TOKENS = 1024  # of one reply: more than ten times what two lines need, for models that think aloud
 HINTS = {401: " (check the key)", 403: " (check the key)", 404: " (check the model's name, and OPENAI_BASE_URL)"}
 
 
@@ -74,8 +75,10 @@ def endpoint():
     """-> (base URL, key), from the environment. Raises ValueError where it has none, or none that can be right."""
     url, key, token = [os.environ.get(name, "").strip() for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "HF_TOKEN")]
     if not (url or key or token):
-        raise ValueError("an API judge needs OPENAI_API_KEY (OpenAI), HF_TOKEN (Hugging Face) or OPENAI_BASE_URL (any "
-                         "other endpoint, such as http://localhost:8000/v1) in the environment")
+        raise ValueError(
+            "an API judge needs OPENAI_API_KEY (OpenAI), HF_TOKEN (Hugging Face) or OPENAI_BASE_URL (any "
+            "other endpoint, such as http://localhost:8000/v1) in the environment"
+        )
     if is_offline_mode():
         raise ValueError("HF_HUB_OFFLINE is set, and then huggingface_hub sends nothing: unset it for an API judge")
     if not url:
@@ -84,7 +87,7 @@ def endpoint():
         raise ValueError("OPENAI_BASE_URL must look like http://localhost:8000/v1, with no user name or password in it")
     if not re.fullmatch(r"[!-~]*", key):
         raise ValueError("the API key in the environment has a space or another character in it that no key has")
-    return url, key or "none"                                         # given no key, the client sends a saved HF token
+    return url, key or "none"  # given no key, the client sends a saved HF token
 
 
 def read_prompt(path):
@@ -95,8 +98,10 @@ def read_prompt(path):
         raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', 'it is not UTF-8')}") from None
     missing = [part for part in ("{prompt}", "{a}", "{b}", "Preferred:") if part not in template]
     if missing:
-        raise ValueError(f"{path}: a judge prompt has places for the texts, {{prompt}}, {{a}} and {{b}}, and asks for "
-                         f"a last line 'Preferred: A' or 'Preferred: B'; this one lacks {', '.join(missing)}")
+        raise ValueError(
+            f"{path}: a judge prompt has places for the texts, {{prompt}}, {{a}} and {{b}}, and asks for "
+            f"a last line 'Preferred: A' or 'Preferred: B'; this one lacks {', '.join(missing)}"
+        )
     return template
 
 
@@ -148,11 +153,11 @@ def ask(chat, text, parameters, stopping, secret):
     to go on, `stopping` is set for all workers, and ValueError raised, one line. `secret`, the key, is cut out of all
     that leaves this function."""
     for attempt in range(ATTEMPTS):
-        sent, status, wait = dict(parameters), 0, BACKOFF * 2 ** attempt * random.uniform(0.5, 1.0)
+        sent, status, wait = dict(parameters), 0, BACKOFF * 2**attempt * random.uniform(0.5, 1.0)
         try:
             choice = chat([{"role": "user", "content": text}], **sent).choices[0]
             answer = (choice.message.content or "").replace(secret, "***")
-            return answer + "\n[cut off]" * (choice.finish_reason == "length"), True   # so its last line is no verdict
+            return answer + "\n[cut off]" * (choice.finish_reason == "length"), True  # so its last line is no verdict
         except (HTTPError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             # The client stumbles over an error whose JSON body is no object; then the response is with the context
             response = getattr(error, "response", None) or getattr(error.__context__, "response", None)
@@ -162,19 +167,19 @@ def ask(chat, text, parameters, stopping, secret):
                 late = isinstance(error, TimeoutError)
                 said = f"no answer in {TIMEOUT:g} seconds" if late else f"{type(error).__name__}: {error}"
             else:
-                return "", True                                       # status 200; the body is no chat completion
+                return "", True  # status 200; the body is no chat completion
         reason = f"{status or ''} {' '.join(said.replace(secret, '***').split())[:300]}{HINTS.get(status, '')}".strip()
-        if status in (400, 413, 422):                                 # it is in this request: a parameter, or the text
+        if status in (400, 413, 422):  # it is in this request: a parameter, or the text
             refused = [name for name in sent if name in said]
             if not refused:
                 return reason, False
             for name in refused:
-                if parameters.pop(name, None) is not None:            # another worker may have been here first
+                if parameters.pop(name, None) is not None:  # another worker may have been here first
                     tqdm.write(f"judge: the endpoint refuses {name} = {sent[name]}; it goes by its own from now on")
             continue
         if 0 < status < 500 and status not in (408, 409, 429) or attempt + 1 == ATTEMPTS or wait > LONGEST_WAIT:
             break
-        if attempt:                                                   # one pause is everyday life, two should be seen
+        if attempt:  # one pause is everyday life, two should be seen
             tqdm.write(f"judge: {reason}; asking again in {wait:.0f} s")
         if stopping.wait(wait):
             break
@@ -204,7 +209,7 @@ def api_judge(model, folder, seed, both_orders=False, judge_prompt=None, workers
     verdicts = read_verdicts(path)
     chat = partial(InferenceClient(base_url=url, api_key=key, timeout=TIMEOUT).chat_completion, model=model)
     exact, free = {"temperature": 0, "max_tokens": MAX_TOKENS}, {"max_tokens": MAX_TOKENS}
-    secret = key if len(key) >= 8 else "\0"                           # "none", "EMPTY": a word, and no secret
+    secret = key if len(key) >= 8 else "\0"  # "none", "EMPTY": a word, and no secret
 
     def settle(question, text, stopping):
         """Asks one question until it has a verdict, and records it -> (verdict or None, last words); None: stopped."""
@@ -224,7 +229,7 @@ def api_judge(model, folder, seed, both_orders=False, judge_prompt=None, workers
         return verdict, reply
 
     def judge(prompts, a, b):
-        items, texts = [], {}                                         # an item: [(question, is b shown first?), ...]
+        items, texts = [], {}  # an item: [(question, is b shown first?), ...]
         for prompt, left, right in zip(prompts, a, b, strict=True):
             orders = (False, True) if both_orders else (int(digest(seed, prompt, right), 16) % 2 == 1,)
             items.append([])
@@ -237,10 +242,12 @@ def api_judge(model, folder, seed, both_orders=False, judge_prompt=None, workers
                 items[-1].append((question, swapped))
         missing = {question: text for question, text in texts.items() if question not in verdicts}
         proven = any(verdicts.get(question) for question in texts)
-        if missing:                                                   # English has about 4 characters to a token
+        if missing:  # English has about 4 characters to a token
             tokens = sum(map(len, missing.values())) // 4
-            tqdm.write(f"judge {model}: {len(missing)} requests, some {tokens:,} tokens in and {60 * len(missing):,} "
-                       f"out; {len(texts) - len(missing)} verdicts are in {path} already")
+            tqdm.write(
+                f"judge {model}: {len(missing)} requests, some {tokens:,} tokens in and {60 * len(missing):,} "
+                f"out; {len(texts) - len(missing)} verdicts are in {path} already"
+            )
         pool, stopping, outcomes = ThreadPoolExecutor(workers), threading.Event(), []
         try:
             asked = [pool.submit(settle, question, text, stopping) for question, text in missing.items()]
@@ -250,11 +257,12 @@ def api_judge(model, folder, seed, both_orders=False, judge_prompt=None, workers
                     raise ValueError(f"{HOPELESS} questions and no verdict; the last got {outcomes[-1][1][-200:]!r}")
         except ValueError as error:
             raise ValueError(f"judge {model} at {urlsplit(url).hostname}: {error}; {path} keeps the verdicts") from None
-        finally:                                                      # on Ctrl-C too: what is under way still ends
+        finally:  # on Ctrl-C too: what is under way still ends
             stopping.set()
             pool.shutdown(cancel_futures=True)
-        votes = [[verdicts.get(question) and (verdicts[question] == "A") != swapped for question, swapped in item]
-                 for item in items]
+        votes = [
+            [verdicts.get(question) and (verdicts[question] == "A") != swapped for question, swapped in item] for item in items
+        ]
         return [None if None in vote else sum(vote) / len(vote) if vote else 0.5 for vote in votes]
 
     return judge

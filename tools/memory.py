@@ -1,4 +1,5 @@
 """Activation checkpointing: memory for time (--checkpoint_activations)."""
+
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,4 +24,5 @@ def computed_twice(forward):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # nothing in it is random
+
     return wrapped

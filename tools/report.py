@@ -6,6 +6,7 @@ A folder with seed_K/eval.json in it is a run over several seeds: its table has 
 of its own. Any other folder is a single run, and needs the eval.json and samples.jsonl that `drpo.py eval` writes. Of several
 folders, such as those of a beta ablation, the DR-PO of each is a row of one more table.
 """
+
 import argparse
 import json
 import statistics
@@ -17,20 +18,29 @@ from pathlib import Path
 from tools.stats import binned, distinct, length_controlled, mean_interval, paired_bootstrap, spread, t_interval, wilson
 
 METHODS = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "drpo": "DR-PO"}
-METRICS = {"win_rate": ("win rate vs reference", 3), "lc_win_rate": ("at equal length", 3), "rm_score": ("RM score", 2),
-           "kl": ("KL to SFT", 2), "rouge_1": ("ROUGE-1", 3), "rouge_2": ("ROUGE-2", 3), "rouge_l": ("ROUGE-L", 3),
-           "response_tokens": ("tokens", 1), "eos_rate": ("EOS rate", 2), "distinct_1": ("distinct-1", 3),
-           "distinct_2": ("distinct-2", 3)}                           # title, decimals
+METRICS = {
+    "win_rate": ("win rate vs reference", 3),
+    "lc_win_rate": ("at equal length", 3),
+    "rm_score": ("RM score", 2),
+    "kl": ("KL to SFT", 2),
+    "rouge_1": ("ROUGE-1", 3),
+    "rouge_2": ("ROUGE-2", 3),
+    "rouge_l": ("ROUGE-L", 3),
+    "response_tokens": ("tokens", 1),
+    "eos_rate": ("EOS rate", 2),
+    "distinct_1": ("distinct-1", 3),
+    "distinct_2": ("distinct-2", 3),
+}  # title, decimals
 MEANS = [key for key in METRICS if key not in ("lc_win_rate", "distinct_1", "distinct_2")]  # over prompts; not so these three
 IN_TERMINAL = ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")
-WITH_INTERVAL = ("win_rate", "lc_win_rate", "rm_score", "kl")         # in report.md; report.json has all intervals
+WITH_INTERVAL = ("win_rate", "lc_win_rate", "rm_score", "kl")  # in report.md; report.json has all intervals
 # On the toy gate corpus, writing the full summary every time wins about 0.65. About half of that tells a run that has
 # found it from one that has not.
 FOUND = 0.30
 
 COLOURS = {"sft": "tab:gray", "rm": "tab:purple", "dpo": "tab:green", "ppo": "tab:blue", "drpo": "tab:orange"}
 RL, TOKENS = ("ppo", "drpo"), "tokens that the policy has generated"
-PANELS = [                                                            # key in metrics.jsonl, stages, axis, y label, title
+PANELS = [  # key in metrics.jsonl, stages, axis, y label, title
     ("score", RL, {}, "score (0: references, on average)", "reward-model score: should rise"),
     ("kl", RL, {}, "nats per response", "KL to the SFT model: may rise, should stay small"),
     ("response_tokens", RL, {}, "tokens", "response length: should not run to the limit"),
@@ -92,12 +102,19 @@ def summarise(known, samples):
         gaps = [len(text) - len(reference) for text, reference in zip(texts, references)]  # in characters, which a judge sees
         figures["lc_win_rate"], figures["lc_win_rate_ci95"] = length_controlled(verdicts, gaps)
         figures["distinct_1"], figures["distinct_2"] = distinct(texts, 1), distinct(texts, 2)
-    differences = {f"{b} - {a}": paired_bootstrap(*([row[name]["win_rate"] for row in samples] for name in (b, a)))
-                   for a, b in combinations(methods, 2)}
+    differences = {
+        f"{b} - {a}": paired_bootstrap(*([row[name]["win_rate"] for row in samples] for name in (b, a)))
+        for a, b in combinations(methods, 2)
+    }
     rm, batches = known["rm"], known["rm"]["accuracy_by_batch"]
     right, pairs = [sum(batch[key] for batch in batches.values()) for key in ("right", "pairs")]
-    rm = {**rm, "accuracy_ci95": wilson(right, pairs), "accuracy_by_batch": {
-        name: {**batch, "accuracy_ci95": wilson(batch["right"], batch["pairs"])} for name, batch in sorted(batches.items())}}
+    rm = {
+        **rm,
+        "accuracy_ci95": wilson(right, pairs),
+        "accuracy_by_batch": {
+            name: {**batch, "accuracy_ci95": wilson(batch["right"], batch["pairs"])} for name, batch in sorted(batches.items())
+        },
+    }
     return {"methods": methods, "differences": differences, **known, "rm": rm}
 
 
@@ -139,23 +156,28 @@ def difference_rows(differences, interval):
     rows = [["win rate, paired", "difference", "95 % interval"]]
     for pair, gap in differences.items():
         b, a = pair.split(" - ")
-        rows.append([f"{label(b)} minus {label(a)}", f"{gap['mean']:+.3f}" if gap else "-",
-                     bracket(interval(gap), 3) if gap else "-"])
+        rows.append(
+            [f"{label(b)} minus {label(a)}", f"{gap['mean']:+.3f}" if gap else "-", bracket(interval(gap), 3) if gap else "-"]
+        )
     return rows
 
 
 def measured(settings, prompts):
     """How the figures were measured, in lines for below the table."""
     warning = ", the run's own reward model: NOT independent, it is what was optimised" if settings["judge"] == "rm" else ""
-    return [f"judge: {settings['judge']}{warning}",
-            f"measured on {prompts} held-out prompts at sampling temperature {settings['eval_temperature']:g}; "
-            f"KL, in nats per response, at temperature {settings['temperature']:g}, that of training"]
+    return [
+        f"judge: {settings['judge']}{warning}",
+        f"measured on {prompts} held-out prompts at sampling temperature {settings['eval_temperature']:g}; "
+        f"KL, in nats per response, at temperature {settings['temperature']:g}, that of training",
+    ]
 
 
 def judged(report, prompts):
     """What became of the questions to an API judge, which may leave one without a verdict."""
-    said = [f"{label(name)} {figures['ties']} ties, {prompts - figures['judged']} without a verdict and left out"
-            for name, figures in report["methods"].items()]
+    said = [
+        f"{label(name)} {figures['ties']} ties, {prompts - figures['judged']} without a verdict and left out"
+        for name, figures in report["methods"].items()
+    ]
     return [f"of {prompts} questions: {'; '.join(said)}"] if report["settings"]["judge"].startswith("api:") else []
 
 
@@ -176,31 +198,36 @@ def sample_posts(samples, methods):
 def draw(folders, batch_size, path):
     """curves.png: what each stage logged against its updates, and PPO's and DR-PO's also against episodes and against tokens
     generated; several folders give mean and min-max band."""
-    from matplotlib.figure import Figure                              # not pyplot: needs no display, leaves a notebook alone
+    from matplotlib.figure import Figure  # not pyplot: needs no display, leaves a notebook alone
+
     figure = Figure(figsize=(15, 14), layout="constrained")
     axes = figure.subplots(4, 3, height_ratios=(3, 3, 2, 2))
-    drawn = {}                                                        # stage -> a line, for the one legend
+    drawn = {}  # stage -> a line, for the one legend
     for ax, (key, stages, limits, unit, title) in zip(axes.flat, PANELS):
         for stage in stages:
             logs = [read(log, lines=True) for folder in folders if (log := folder / stage / "metrics.jsonl").exists()]
             window = len(logs[0]) // 20 if logs and stage not in RL else 0
-            curves = [[statistics.fmean(line[key] for line in log[max(0, i - window):i + 1]) for i in range(len(log))]
-                      for log in logs]
-            at_update = list(zip(*curves))                            # as far as every seed has come
+            curves = [
+                [statistics.fmean(line[key] for line in log[max(0, i - window) : i + 1]) for i in range(len(log))]
+                for log in logs
+            ]
+            at_update = list(zip(*curves))  # as far as every seed has come
             if at_update:
                 x, low, high = range(1, len(at_update) + 1), list(map(min, at_update)), list(map(max, at_update))
                 if limits.get("xlabel") == TOKENS:
                     generated = [accumulate(line["tokens_decoded"] for line in log) for log in logs]
                     x = list(map(statistics.fmean, zip(*generated)))
-                drawn[stage], = ax.plot(x, list(map(statistics.fmean, at_update)), color=COLOURS[stage], linewidth=2)
+                (drawn[stage],) = ax.plot(x, list(map(statistics.fmean, at_update)), color=COLOURS[stage], linewidth=2)
                 ax.fill_between(x, low, high, color=COLOURS[stage], alpha=0.2, linewidth=0)
         ax.set(**{"title": title, "xlabel": "update", "ylabel": unit, **limits})
         ax.grid(alpha=0.3)
         if stages == RL and "xlabel" not in limits:
             ax.secondary_xaxis("top", functions=(lambda x: x * batch_size, lambda x: x / batch_size)).set_xlabel("episodes")
-    notes = ["DR-PO's rollouts may begin inside a reference response, PPO's begin at the bare prompt: in the upper three rows",
-             "compare how curves move, not how high they are. The table in report.md has levels that can be compared.",
-             "Bottom row: running means over about a twentieth of the updates."]
+    notes = [
+        "DR-PO's rollouts may begin inside a reference response, PPO's begin at the bare prompt: in the upper three rows",
+        "compare how curves move, not how high they are. The table in report.md has levels that can be compared.",
+        "Bottom row: running means over about a twentieth of the updates.",
+    ]
     if len(folders) > 1:
         notes[-1] += f" Lines: means over {len(folders)} seeds; bands: from the lowest seed to the highest."
     figure.suptitle("\n".join(notes), fontsize=11)
@@ -213,6 +240,7 @@ def draw_frontier(samples, path):
     """frontier.png, the paper's figures 1 and 2: RM score against KL of the same responses, sampled at the training
     temperature, one per held-out prompt; per method in bins of equal count, mean and standard error. The SFT model is at KL 0."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     ax = figure.subplots()
     for name in methods_in(samples):
@@ -222,8 +250,11 @@ def draw_frontier(samples, path):
         if name == "sft":
             ax.axhline(y[0], color=COLOURS[name], linestyle="--", linewidth=1)
     ax.axhline(0, color="black", linestyle=":", linewidth=1, label="references, on average")
-    ax.set(xlabel="KL to the SFT model, nats per response (estimated on one sample: can be below 0)", ylabel="RM score",
-           title=f"{len(samples)} held-out responses per method; dots: bins of equal count, bars: standard errors")
+    ax.set(
+        xlabel="KL to the SFT model, nats per response (estimated on one sample: can be below 0)",
+        ylabel="RM score",
+        title=f"{len(samples)} held-out responses per method; dots: bins of equal count, bars: standard errors",
+    )
     ax.grid(alpha=0.3)
     ax.legend()
     figure.savefig(path, dpi=100)
@@ -245,6 +276,7 @@ def draw_history(histories, path):
     """overoptimisation.png: RM score (left axis) and what it stands for (right axis: the gold score, or else the judge's win
     rate) on the validation prompts, against updates; mean over seeds, and dotted where each method peaks in the latter."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     left = figure.subplots()
     right = left.twinx()
@@ -255,9 +287,13 @@ def draw_history(histories, path):
         for ax, key, style in ((left, "rm_score", "-"), (right, judged, "--")):
             curve = [statistics.fmean(run[update][key] for run in runs) for update in updates]
             ax.plot(updates, curve, style, color=COLOURS[method], label=f"{METHODS[method]}, {key}")
-        peak = max(range(len(updates)), key=curve.__getitem__)        # of the latter curve
+        peak = max(range(len(updates)), key=curve.__getitem__)  # of the latter curve
         left.axvline(updates[peak], color=COLOURS[method], linestyle=":")
-    left.set(xlabel="update", ylabel="RM score (solid): what is optimised", title="Where the two part, the reward model is over-optimised")
+    left.set(
+        xlabel="update",
+        ylabel="RM score (solid): what is optimised",
+        title="Where the two part, the reward model is over-optimised",
+    )
     right.set_ylabel(f"{judged} (dashed): what is wanted")
     left.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4)
@@ -276,8 +312,13 @@ def history_rows(histories):
         lasts = [max(part["validation"]) for part in parts]
         for title, updates in (("peak on validation prompts", peaks), ("last update", lasts)):
             at = [part["test"][update] for part, update in zip(parts, updates)]
-            rows.append([f"{METHODS[method]}, {title}", ", ".join(map(str, updates)),
-                         *(f"{statistics.fmean(figures[key] for figures in at):.3f}" for key in keys)])
+            rows.append(
+                [
+                    f"{METHODS[method]}, {title}",
+                    ", ".join(map(str, updates)),
+                    *(f"{statistics.fmean(figures[key] for figures in at):.3f}" for key in keys),
+                ]
+            )
     return rows
 
 
@@ -288,12 +329,21 @@ def publish(run, folders, samples, settings, *parts):
     draw_frontier(samples, run / "frontier.png")
     if histories := read_history(folders):
         draw_history(histories, run / "overoptimisation.png")
-        parts += ("## Over-optimisation", "![RM score and gold score](overoptimisation.png)", "Figure and peaks: validation "
-                  "prompts, which are apart from the test prompts that everything else is measured on.",
-                  table(history_rows(histories), markdown=True))
-    parts += ("## RM score against KL", "![RM score against KL](frontier.png)", "## Training curves",
-              "![Training curves](curves.png)", "<details><summary>Settings</summary>",
-              f"```json\n{json.dumps(settings, indent=1)}\n```", "</details>\n")
+        parts += (
+            "## Over-optimisation",
+            "![RM score and gold score](overoptimisation.png)",
+            "Figure and peaks: validation prompts, which are apart from the test prompts that everything else is measured on.",
+            table(history_rows(histories), markdown=True),
+        )
+    parts += (
+        "## RM score against KL",
+        "![RM score against KL](frontier.png)",
+        "## Training curves",
+        "![Training curves](curves.png)",
+        "<details><summary>Settings</summary>",
+        f"```json\n{json.dumps(settings, indent=1)}\n```",
+        "</details>\n",
+    )
     (run / "report.md").write_text("\n\n".join(parts), encoding="utf-8")
 
 
@@ -304,16 +354,29 @@ def write_single(run):
     (run / "report.json").write_text(json.dumps(report, indent=1))
     methods, rm, seconds = report["methods"], report["rm"], report["seconds"]
     each = ", ".join(f"{METHODS.get(stage, 'RM')} {value:.0f}" for stage, value in seconds.items())
-    notes = [f"reward model accuracy: {rm['accuracy']:.3f} {bracket(rm['accuracy_ci95'], 3)}",
-             *measured(report["settings"], len(samples)), *judged(report, len(samples)), f"seconds: {each}; in all {sum(seconds.values()):.0f}"]
-    publish(run, [run], samples, report["settings"], f"# Run {run}",
-            "In brackets: 95 % intervals over the prompts. At equal length: the win rate that a logistic regression on the "
-            "difference in length predicts for responses as long as the reference; - where it cannot tell.",
-            table(method_rows(methods, METRICS, WITH_INTERVAL), markdown=True), "\n".join(f"- {note}" for note in notes),
-            "## Differences on the same prompts", "Intervals by the paired bootstrap: prompts drawn again, "
-            "10,000 times. They hold for these trained networks, and say nothing of another seed.",
-            table(difference_rows(report["differences"], lambda gap: gap["ci95"]), markdown=True),
-            "## The first held-out posts", *sample_posts(samples, methods))
+    notes = [
+        f"reward model accuracy: {rm['accuracy']:.3f} {bracket(rm['accuracy_ci95'], 3)}",
+        *measured(report["settings"], len(samples)),
+        *judged(report, len(samples)),
+        f"seconds: {each}; in all {sum(seconds.values()):.0f}",
+    ]
+    publish(
+        run,
+        [run],
+        samples,
+        report["settings"],
+        f"# Run {run}",
+        "In brackets: 95 % intervals over the prompts. At equal length: the win rate that a logistic regression on the "
+        "difference in length predicts for responses as long as the reference; - where it cannot tell.",
+        table(method_rows(methods, METRICS, WITH_INTERVAL), markdown=True),
+        "\n".join(f"- {note}" for note in notes),
+        "## Differences on the same prompts",
+        "Intervals by the paired bootstrap: prompts drawn again, "
+        "10,000 times. They hold for these trained networks, and say nothing of another seed.",
+        table(difference_rows(report["differences"], lambda gap: gap["ci95"]), markdown=True),
+        "## The first held-out posts",
+        *sample_posts(samples, methods),
+    )
     return "\n".join([table(method_rows(methods, IN_TERMINAL, ["win_rate"])), *notes])
 
 
@@ -322,14 +385,28 @@ def write_seeds(run, folders):
     samples = [read(folder / "samples.jsonl", lines=True) for folder in folders]
     reports = [summarise(read(folder / "eval.json"), rows) for folder, rows in zip(folders, samples)]
     seeds = [each["settings"]["seed"] for each in reports]
-    methods = {name: {key: spread([each["methods"].get(name, {}).get(key) for each in reports]) for key in METRICS}
-               for name in methods_in([each["methods"] for each in reports])}
-    differences = {f"{b} - {a}": spread([each["methods"][b]["win_rate"] - each["methods"][a]["win_rate"]
-                                         if {a, b} <= each["methods"].keys() else None for each in reports])
-                   for a, b in combinations(methods, 2)}
+    methods = {
+        name: {key: spread([each["methods"].get(name, {}).get(key) for each in reports]) for key in METRICS}
+        for name in methods_in([each["methods"] for each in reports])
+    }
+    differences = {
+        f"{b} - {a}": spread(
+            [
+                each["methods"][b]["win_rate"] - each["methods"][a]["win_rate"] if {a, b} <= each["methods"].keys() else None
+                for each in reports
+            ]
+        )
+        for a, b in combinations(methods, 2)
+    }
     accuracy = spread([each["rm"]["accuracy"] for each in reports])
     settings = {name: value for name, value in reports[0]["settings"].items() if name not in ("seed", "run_dir")}
-    report = {"methods": methods, "differences": differences, "seeds": seeds, "rm": {"accuracy": accuracy}, "settings": settings}
+    report = {
+        "methods": methods,
+        "differences": differences,
+        "seeds": seeds,
+        "rm": {"accuracy": accuracy},
+        "settings": settings,
+    }
     (run / "report.json").write_text(json.dumps(report, indent=1))
 
     others = ("rm_score", "kl", "response_tokens", "eos_rate")
@@ -339,9 +416,15 @@ def write_seeds(run, folders):
     for name, stats in methods.items():
         wins = stats["win_rate"]
         found = sum(win is not None and win >= FOUND for win in wins["values"])
-        rows.append([label(name), f"{plus_minus(wins, 3)} ({wins['min']:.3f}-{wins['max']:.3f})",
-                     bracket(t_interval(wins), 3), f"{found}/{wins['n']}",
-                     *(plus_minus(stats[key], METRICS[key][1]) for key in others)])
+        rows.append(
+            [
+                label(name),
+                f"{plus_minus(wins, 3)} ({wins['min']:.3f}-{wins['max']:.3f})",
+                bracket(t_interval(wins), 3),
+                f"{found}/{wins['n']}",
+                *(plus_minus(stats[key], METRICS[key][1]) for key in others),
+            ]
+        )
         all_rows.append([label(name), *(plus_minus(stats[key], digits) for key, (_, digits) in METRICS.items())])
     per_seed = [["seed", *map(label, methods)]]
     for seed, *wins in zip(seeds, *(stats["win_rate"]["values"] for stats in methods.values())):
@@ -350,16 +433,30 @@ def write_seeds(run, folders):
     notes = [f"mean ± standard deviation (min-max) over seeds {', '.join(map(str, seeds))}"]
     if gain := differences.get("drpo - ppo"):
         each = ", ".join(f"seed {seed}: {value:+.3f}" for seed, value in zip(seeds, gain["values"]) if value is not None)
-        notes.append(f"win rate of DR-PO minus PPO, paired by seed: {gain['mean']:+.3f}, "
-                     f"95 % t-interval {bracket(t_interval(gain), 3)}; {each}")
-    notes += [f"reward model accuracy: {accuracy['mean']:.3f} ({accuracy['min']:.3f}-{accuracy['max']:.3f})",
-              *measured(settings, len(samples[0]))]
-    publish(run, folders, list(chain(*samples)), settings, f"# Run {run}, {len(seeds)} seeds", table(rows, markdown=True),
-            "\n".join(f"- {note}" for note in notes), "## All figures, mean ± standard deviation over the seeds",
-            table(all_rows, markdown=True), "## Differences, paired by seed",
-            table(difference_rows(differences, t_interval), markdown=True),
-            "## Win rate of each seed", table(per_seed, markdown=True),
-            f"Each seed's own report, with samples: `python -m tools.report {run}/seed_*`")
+        notes.append(
+            f"win rate of DR-PO minus PPO, paired by seed: {gain['mean']:+.3f}, "
+            f"95 % t-interval {bracket(t_interval(gain), 3)}; {each}"
+        )
+    notes += [
+        f"reward model accuracy: {accuracy['mean']:.3f} ({accuracy['min']:.3f}-{accuracy['max']:.3f})",
+        *measured(settings, len(samples[0])),
+    ]
+    publish(
+        run,
+        folders,
+        list(chain(*samples)),
+        settings,
+        f"# Run {run}, {len(seeds)} seeds",
+        table(rows, markdown=True),
+        "\n".join(f"- {note}" for note in notes),
+        "## All figures, mean ± standard deviation over the seeds",
+        table(all_rows, markdown=True),
+        "## Differences, paired by seed",
+        table(difference_rows(differences, t_interval), markdown=True),
+        "## Win rate of each seed",
+        table(per_seed, markdown=True),
+        f"Each seed's own report, with samples: `python -m tools.report {run}/seed_*`",
+    )
     return "\n".join([table(rows), *notes])
 
 
@@ -383,7 +480,9 @@ def compare(runs):
         if results and "drpo" in read(run / "report.json")["methods"]:
             trained[run] = read(results[0])["settings"]
     first = next(iter(trained.values()), {})
-    differing = [key for key in first if key != "seed" and any(settings.get(key) != first[key] for settings in trained.values())]
+    differing = [
+        key for key in first if key != "seed" and any(settings.get(key) != first[key] for settings in trained.values())
+    ]
     keys = ("win_rate", "rm_score", "kl", "response_tokens", "eos_rate")
     rows = [["run", *differing, "seeds", *(METRICS[key][0] for key in keys)]]
     for run, settings in trained.items():
@@ -406,7 +505,7 @@ def main(argv=None):
             print(write(run_dir))
         if len(rows := compare(runs)) > 2:
             print(f"\nDR-PO in each run, mean (range over seeds):\n\n{table(rows, markdown=True)}")
-    except OSError as error:                                          # a file that is missing, a folder that is read-only
+    except OSError as error:  # a file that is missing, a folder that is read-only
         fail(f"{error.filename}: {error.strerror}")
 
 

@@ -5,6 +5,7 @@
 RUN/resets.jsonl: a line for each of the first rollouts of DR-PO's first update, with prompt, reference and prefix, and for each
 method of the run how it goes on ("continuation"), whether that ends ("eos"), and what the reward model says of it ("score").
 """
+
 import argparse
 import json
 import sys
@@ -28,8 +29,9 @@ def continued(s, count):
         batch = drpo.reset_rollouts(drpo.load_network(f"{run}/{method}", s), rows, 0, tokenizer, s)
         for chunk, part in drpo.micro_batches(batch, s):
             scores = drpo.end_scores(backbone, head, part).tolist()
-            for i, ids, start, end, eos, score in zip(chunk.tolist(), *(part[name].tolist() for name in (
-                    "response", "reset_len", "response_len", "has_eos")), scores):
+            for i, ids, start, end, eos, score in zip(
+                chunk.tolist(), *(part[name].tolist() for name in ("response", "reset_len", "response_len", "has_eos")), scores
+            ):
                 lines[i]["prefix"] = tokenizer.decode(ids[:start])
                 text = tokenizer.decode(ids[start:end], skip_special_tokens=True)
                 lines[i][method] = {"continuation": text, "eos": eos, "score": score if eos else s.missing_eos_score}
@@ -37,11 +39,15 @@ def continued(s, count):
 
 
 def main(argv=None):
-    sys.path.append(str(Path.cwd()))                                  # where a module:function may live
+    sys.path.append(str(Path.cwd()))  # where a module:function may live
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(prog="python -m tools.resets", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.resets",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--rows", type=int, default=8, help="how many rollouts (default: %(default)s)")
     parser.error = drpo.stop

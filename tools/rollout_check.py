@@ -1,4 +1,5 @@
 """Rollouts held against the plain forward pass (--check_rollouts): what a mistake in cache, positions or masks would change."""
+
 import torch
 from tqdm import tqdm
 
@@ -21,11 +22,14 @@ def check(policy, queries, prefixes, responses, uniforms, tokenizer, s):
             cdf = (head(states[steps].to(head.weight.dtype)).float() / s.temperature).softmax(-1).cumsum(-1)
             u = uniforms[row, steps].to(cdf)[:, None] * cdf[:, -1:]
             low = torch.where(tokens > 0, cdf.gather(1, (tokens - 1).clamp(min=0)), 0.0)
-            outside = torch.maximum(low - u, u - cdf.gather(1, tokens))[:, 0]     # how far u is from what draws the token
+            outside = torch.maximum(low - u, u - cdf.gather(1, tokens))[:, 0]  # how far u is from what draws the token
             if not outside.max() <= slack:
                 first = int((~(outside <= slack)).nonzero()[0])
                 plain = torch.searchsorted(cdf[first], u[first], right=True).item()
-                drpo.stop(f"--check_rollouts: row {row}: response token {steps.start + first} is {tokens[first].item()}, where a "
-                          f"plain forward pass draws {plain}: look for cache, positions, padding", 3)
+                drpo.stop(
+                    f"--check_rollouts: row {row}: response token {steps.start + first} is {tokens[first].item()}, where a "
+                    f"plain forward pass draws {plain}: look for cache, positions, padding",
+                    3,
+                )
             drawn, near = drawn + len(tokens), near + int((outside > 0).sum())
     tqdm.write(f"check: {drawn} tokens drawn are those of a plain forward pass; {near} of them within rounding ({slack:g})")

@@ -1,5 +1,6 @@
 """What every stage of drpo.py needs and a reader of the method need not see: how a run ends in one line, several processes,
 and the loop around the updates, with its learning rate, metrics and checkpoints. Imports nothing of drpo.py."""
+
 import dataclasses
 import json
 import math
@@ -19,8 +20,13 @@ from tools import checkpoint
 
 # The parts of Settings that bear on each stage, by the [part] before a setting's help. A finished stage is kept while those
 # are what they were.
-USES = {"sft": ("data", "sft"), "rm": ("data", "sft", "rm"), "dpo": ("data", "sft", "policy", "dpo"),
-        "ppo": ("data", "sft", "rm", "policy", "rl"), "drpo": ("data", "sft", "rm", "policy", "rl")}
+USES = {
+    "sft": ("data", "sft"),
+    "rm": ("data", "sft", "rm"),
+    "dpo": ("data", "sft", "policy", "dpo"),
+    "ppo": ("data", "sft", "rm", "policy", "rl"),
+    "drpo": ("data", "sft", "rm", "policy", "rl"),
+}
 
 
 def stop(message, status=2):
@@ -32,6 +38,7 @@ def stop(message, status=2):
 # ----------------------------------------------------------------------------------------------------------------------
 # Several processes, started by torchrun: each holds all rows and all weights, takes its share of the micro-batches, and adds
 # up what they give. Whatever is computed from whole batches is then the same everywhere, as if there were one process.
+
 
 def join(s, held):
     """Meets the other processes, where torchrun has started some; they are left when the ExitStack `held` closes. One talks."""
@@ -73,12 +80,13 @@ def exchanged(responses, prefix_lengths, T, device):
     table = torch.zeros(len(responses), T + 1, dtype=torch.long, device=device)
     for row, (ids, prefix_length) in enumerate(zip(responses, prefix_lengths)):
         if len(ids) > prefix_length:
-            table[row, :len(ids) + 1] = torch.tensor([len(ids), *ids])
-    return [ids[1:ids[0] + 1] for ids in summed(table).tolist()]
+            table[row, : len(ids) + 1] = torch.tensor([len(ids), *ids])
+    return [ids[1 : ids[0] + 1] for ids in summed(table).tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop.
+
 
 def training(stage, updates, lr, modules, s):
     """Yields (update, optimizer, metrics) for each update still to do; what the loop body puts into `metrics` is logged.
@@ -88,6 +96,7 @@ def training(stage, updates, lr, modules, s):
     SIGTERM and SIGINT let the update end, save, and end the run with status 0."""
     if s.checkpoint_activations:
         from tools import memory
+
         memory.checkpoint_layers(modules)
     params = {name: p for name, p in modules.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=lr, eps=1e-5)
@@ -97,7 +106,7 @@ def training(stage, updates, lr, modules, s):
         done = checkpoint.load(found, params, optimizer)
         print(f"{stage}: goes on after update {done}, from {found}")
     log = folder / "metrics.jsonl"
-    is_first = world()[0] == 0                                        # of the processes: the one that writes
+    is_first = world()[0] == 0  # of the processes: the one that writes
     if is_first:
         log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if done else "")
     bar = tqdm(range(done, updates), initial=done, total=updates, desc=f"{stage:4}", unit="update", disable=not is_first)
@@ -118,10 +127,14 @@ def training(stage, updates, lr, modules, s):
                 try:
                     checkpoint.save(folder / "checkpoint", update + 1, params, optimizer, relevant(s, stage), s.keep)
                 except OSError as error:
-                    stop(f"{folder}/checkpoint: update {update + 1} cannot be saved ({error}); what was saved before is whole", 3)
+                    stop(
+                        f"{folder}/checkpoint: update {update + 1} cannot be saved ({error}); what was saved before is whole", 3
+                    )
             if stopping and update + 1 < updates:
                 wait_for_all()
-                stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command goes on from there", 0)
+                stop(
+                    f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command goes on from there", 0
+                )
 
 
 def step(optimizer, s, where, batch):
@@ -129,7 +142,7 @@ def step(optimizer, s, where, batch):
     before the weights move, and leaves what batch() gives, a dict of tensors, for a look. `where` is "STAGE update N"."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if world()[1] > 1:
-        for p in params:                                              # of a process without a share there is none
+        for p in params:  # of a process without a share there is none
             p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = nn.utils.clip_grad_norm_(params, s.max_grad_norm or math.inf)
     if not torch.isfinite(norm):
@@ -138,8 +151,11 @@ def step(optimizer, s, where, batch):
             save_file({name: x.contiguous() for name, x in tensors.items()}, path)
         wait_for_all()
         bad = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
-        stop(f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}, and the last "
-             f"checkpoint beside it", 3)
+        stop(
+            f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}, and the last "
+            f"checkpoint beside it",
+            3,
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()

@@ -8,6 +8,7 @@
 
 The settings of a run are read from its folder. All is done by the functions of drpo.py: what is wrong there shows here.
 """
+
 import argparse
 import copy
 import dataclasses
@@ -28,7 +29,7 @@ from tools import checkpoint, report
 
 # Prefix and sampled tokens in the colours of the README's drawing: blue is a person's, yellow the policy's
 PAINT = {"prompt": "2", "reset prefix": "1;34", "sampled": "33", "EOS": "1;32", "pad": "2"}
-KEPT = {"pad": (1, 1), "query": (3, 3), "after EOS": (1, 0)}          # what a long run of these shows of its two ends
+KEPT = {"pad": (1, 1), "query": (3, 3), "after EOS": (1, 0)}  # what a long run of these shows of its two ends
 
 
 def show(title, batch, row, reset_len, tokenizer, names, more):
@@ -39,7 +40,8 @@ def show(title, batch, row, reset_len, tokenizer, names, more):
     ids, attend, position = [given[name][row].tolist() for name in ("input_ids", "attention_mask", "position_ids")]
     roles = ["query" if real else "pad" for real in batch["query_mask"][row].tolist()] + [
         names[1] if not kept else "reset prefix" if not own else "EOS" if token == tokenizer.eos_token_id else names[0]
-        for token, kept, own in zip(ids[Q:], inside, sampled)]
+        for token, kept, own in zip(ids[Q:], inside, sampled)
+    ]
     more = {name: ["."] * (len(ids) - len(x)) + x for name, x in more.items()}
     widths = [max(8, len(name) + 2) for name in more]
     print(f"\n{title}\ncolumn    t      id  token               role          attend  position", end="")
@@ -47,29 +49,36 @@ def show(title, batch, row, reset_len, tokenizer, names, more):
     for role, run in groupby(range(len(ids)), key=roles.__getitem__):
         run = list(run)
         first, last = KEPT.get(role, (len(run), 0))
-        hidden = run[first:len(run) - last] if len(run) > first + last + 1 else []
+        hidden = run[first : len(run) - last] if len(run) > first + last + 1 else []
         for i in run:
             if hidden and i == hidden[0]:
                 print(f"           ... {len(hidden)} more {role} tokens ...")
             if i not in hidden:
                 t, text = i - Q if i >= Q else ".", repr(tokenizer.decode(ids[i]))
                 cells = [x[i] if not isinstance(x[i], float) else f"{round(x[i], 3) + 0:.3f}" for x in more.values()]
-                print(f"{i:6}{t:>5}{ids[i]:8}  {text:18.18}  {role:12}{attend[i]:8}{position[i]:10}",
-                      *(f"{x:>{width}}" for x, width in zip(cells, widths)), sep="")
+                print(
+                    f"{i:6}{t:>5}{ids[i]:8}  {text:18.18}  {role:12}{attend[i]:8}{position[i]:10}",
+                    *(f"{x:>{width}}" for x, width in zip(cells, widths)),
+                    sep="",
+                )
 
 
 def lengths(row, field, s, tokenizer, length):
     """How long the texts of a row are, and what was cut."""
-    query, whole = [len(drpo.encode_query(row["prompt"], tokenizer, n)) for n in (s.query_length, 10 ** 9)]
-    response, uncut = [len(drpo.encode_response(row[field], tokenizer, n)) for n in (length, 10 ** 9)]
-    return (f"query {query} tokens{f', CUT from {whole}' * (query < whole)}; "
-            f"response {response} tokens{f', CUT from {uncut}: no EOS' if response < uncut else ' with EOS'}")
+    query, whole = [len(drpo.encode_query(row["prompt"], tokenizer, n)) for n in (s.query_length, 10**9)]
+    response, uncut = [len(drpo.encode_response(row[field], tokenizer, n)) for n in (length, 10**9)]
+    return (
+        f"query {query} tokens{f', CUT from {whole}' * (query < whole)}; "
+        f"response {response} tokens{f', CUT from {uncut}: no EOS' if response < uncut else ' with EOS'}"
+    )
 
 
 def reward_columns(batch):
     """Where drpo.end_scores reads, asked of it: with a network whose state in each column is the column's number. -> (B,)"""
+
     def network(input_ids, **_):
         return SimpleNamespace(last_hidden_state=torch.arange(input_ids.shape[1]).expand(input_ids.shape)[..., None])
+
     head = SimpleNamespace(weight=torch.ones(1, 1), bias=0.0)
     return drpo.end_scores(network, head, {name: x.cpu() for name, x in batch.items()}).tolist()
 
@@ -79,36 +88,53 @@ def show_rows(s, count):
     tokenizer, as_is = drpo.load_tokenizer(s.tokenizer or s.model, s), ("response", "pad")
     rows = drpo.draw(drpo.load_rows(s.dataset, "reference", s.seed)[0], s.sft_batch_size, 0, s.seed, "sft")
     pairs = drpo.draw(drpo.load_rows(s.preference_dataset, "pairs", s.seed)[0], s.rm_batch_size, 0, s.seed, "rm")
-    print("attend: 0 where attention must not look (padding after the response needs no 0: no token before it can see it)\n"
-          "loss: 1 where sft learns to predict the token from those before it; reward: where the reward model is read")
+    print(
+        "attend: 0 where attention must not look (padding after the response needs no 0: no token before it can see it)\n"
+        "loss: 1 where sft learns to predict the token from those before it; reward: where the reward model is read"
+    )
     batch = drpo.encode(rows, ["reference"], s, tokenizer, s.response_length)
     places = {n: (i, part) for chunk, part in drpo.micro_batches(batch, s) for i, n in enumerate(chunk.tolist())}
     for n in range(count):
         i, part = places[n]
         valid = torch.cat([part["query_mask"], drpo.response_mask(part)], 1)[i].int()
-        show(f"sft row {n}: {lengths(rows[n], 'reference', s, tokenizer, s.response_length)}", part, i,
-             0 * part["response_len"], tokenizer, as_is, {"loss": [0, *(valid[1:] * valid[:-1]).tolist()]})
+        show(
+            f"sft row {n}: {lengths(rows[n], 'reference', s, tokenizer, s.response_length)}",
+            part,
+            i,
+            0 * part["response_len"],
+            tokenizer,
+            as_is,
+            {"loss": [0, *(valid[1:] * valid[:-1]).tolist()]},
+        )
     size = max(1, s.micro_batch // 2)
     for n in range(count):
-        part = pairs[n // size * size:][:size]
+        part = pairs[n // size * size :][:size]
         batch = drpo.encode(part, ["chosen", "rejected"], s, tokenizer, s.preference_length)
         width = batch["query"].shape[1] + batch["response"].shape[1]
         for field, i in (("chosen", n % size), ("rejected", n % size + len(part))):
             marks = ["<-" if column == reward_columns(batch)[i] else "." for column in range(width)]
-            show(f"pair {n}, {field}: {lengths(pairs[n], field, s, tokenizer, s.preference_length)}", batch, i,
-                 0 * batch["response_len"], tokenizer, as_is, {"reward": marks})
+            show(
+                f"pair {n}, {field}: {lengths(pairs[n], field, s, tokenizer, s.preference_length)}",
+                batch,
+                i,
+                0 * batch["response_len"],
+                tokenizer,
+                as_is,
+                {"reward": marks},
+            )
 
 
 def of_steps(batch, masks, roles, s):
     """Line 5 of Algorithm 1 as in `drpo.drpo_update`, before any whitening -> log pi, log pi_SFT and values, (B, T) each, on the
     prefix too, of which training has no need; scores (B,); rewards (B, T)."""
     everywhere = torch.ones_like(masks[0])
-    logprobs, ref_logprobs = [drpo.response_logprobs(network, batch, s.temperature, everywhere)[0]
-                              for network in (roles.policy, roles.reference)]
+    logprobs, ref_logprobs = [
+        drpo.response_logprobs(network, batch, s.temperature, everywhere)[0] for network in (roles.policy, roles.reference)
+    ]
     values = drpo.apply_head(roles.value_head, drpo.response_states(roles.critic, batch)[:, :-1])
     scores = torch.where(batch["has_eos"], drpo.end_scores(roles.reward, roles.reward_head, batch), s.missing_eos_score)
     rewards = drpo.penalised_rewards(scores, logprobs, ref_logprobs, masks[0], s.kl_coef)
-    if s.masking == "official":                                       # the KL reward also outside of what was sampled
+    if s.masking == "official":  # the KL reward also outside of what was sampled
         rewards += drpo.penalised_rewards(0 * scores, logprobs, ref_logprobs, ~masks[0], s.kl_coef)
     return logprobs, ref_logprobs, values, scores, rewards
 
@@ -121,10 +147,12 @@ def show_rollouts(s, count):
     tokenizer, trained = drpo.load_tokenizer(f"{run}/sft", s), (run / "drpo" / "result.json").exists()
     sft, (backbone, head) = drpo.load_network(f"{run}/sft", s, full=full), drpo.load_reward(f"{run}/rm", s, full)
     policy = drpo.load_network(f"{run}/drpo", s, full=full) if trained else sft
-    print(f"policy: {run}/{'drpo' if trained else 'sft, which RL starts from'}; beta {s.beta:g}, reset to {s.reset_to}, "
-          f"temperature {s.temperature:g}, kl_coef {s.kl_coef:g}\n"
-          "log pi, value: read one column to the left of the token; value: the critic as RL starts, which is the reward model\n"
-          f"KL: log pi - log pi_SFT where sampled; reward: -kl_coef KL{', before whitening' * s.whiten_rewards}, and the score")
+    print(
+        f"policy: {run}/{'drpo' if trained else 'sft, which RL starts from'}; beta {s.beta:g}, reset to {s.reset_to}, "
+        f"temperature {s.temperature:g}, kl_coef {s.kl_coef:g}\n"
+        "log pi, value: read one column to the left of the token; value: the critic as RL starts, which is the reward model\n"
+        f"KL: log pi - log pi_SFT where sampled; reward: -kl_coef KL{', before whitening' * s.whiten_rewards}, and the score"
+    )
 
     batch = {name: x[:count] for name, x in drpo.reset_rollouts(policy, rows, 0, tokenizer, s).items()}
     reset_len, has_eos = batch["reset_len"], batch["has_eos"]
@@ -139,9 +167,16 @@ def show_rollouts(s, count):
         more = {name: mask[n].int().tolist() for name, mask in zip(names, masks)}
         for name, x in {"log pi": logprobs, "log pi_SFT": ref_logprobs, "KL": kl, "value": values, "reward": rewards}.items():
             more[name] = x[n, :shown].tolist() + ["."] * (T - shown)
-        show(f"rollout {n}: reset_len {start} of {available[n]}, response_len {end}, {end - start} sampled; "
-             f"{'ends with EOS' if has_eos[n] else 'NO EOS'}; score {scores[n]:.3f}, KL {kl[n].sum():.3f}",
-             batch, n, reset_len, tokenizer, ("sampled", "after EOS"), more)
+        show(
+            f"rollout {n}: reset_len {start} of {available[n]}, response_len {end}, {end - start} sampled; "
+            f"{'ends with EOS' if has_eos[n] else 'NO EOS'}; score {scores[n]:.3f}, KL {kl[n].sum():.3f}",
+            batch,
+            n,
+            reset_len,
+            tokenizer,
+            ("sampled", "after EOS"),
+            more,
+        )
 
 
 def trained_critic(stage, s):
@@ -185,7 +220,7 @@ def show_sample(s, number):
         drpo.stop(f"{error.filename}: {error.strerror}; make it with: python drpo.py eval --run_dir {run}")
     if not 0 <= number < len(samples):
         drpo.stop(f"--sample {number}: must lie in [0, {len(samples) - 1}], the rows of {run}/samples.jsonl")
-    row, methods = samples[number], report.methods_in(samples[number:number + 1])
+    row, methods = samples[number], report.methods_in(samples[number : number + 1])
     if "ids" not in row[methods[0]]:
         drpo.stop(f"{run}/samples.jsonl: has no token ids; make it again with: python drpo.py eval --run_dir {run}")
     tokenizer, sft = drpo.load_tokenizer(f"{run}/sft", s), drpo.load_network(f"{run}/sft", s)
@@ -193,29 +228,39 @@ def show_sample(s, number):
     query, eos = drpo.encode_query(row["prompt"], tokenizer, s.query_length), tokenizer.eos_token_id
     for title, text in (("prompt", tokenizer.decode(query)), ("reference", row["reference"])):
         print(f"{title}:\n" + paint("\n".join(textwrap.fill(line, width) for line in text.splitlines()), "prompt") + "\n")
-    print(f"reward: -{s.kl_coef:g} (ln pi - ln pi_SFT) at temperature {s.temperature:g}, and the score at the last token; before any "
-          f"whitening\nvalue: the critic at the end of that training, for other methods the reward model; advantage: GAE\n")
+    print(
+        f"reward: -{s.kl_coef:g} (ln pi - ln pi_SFT) at temperature {s.temperature:g}, and the score at the last token; before any "
+        f"whitening\nvalue: the critic at the end of that training, for other methods the reward model; advantage: GAE\n"
+    )
 
     for method in methods:
         policy = sft if method == "sft" else drpo.load_network(f"{run}/{method}" if method in report.METHODS else method, s)
         critic, value_head = trained_critic(method, s)
-        roles = SimpleNamespace(policy=policy, reference=sft, critic=critic, value_head=value_head, reward=backbone, reward_head=head)
+        roles = SimpleNamespace(
+            policy=policy, reference=sft, critic=critic, value_head=value_head, reward=backbone, reward_head=head
+        )
         said, shown = row[method], [("as evaluated", 0, row[method]["ids"])]
-        if method == "drpo":                                          # the same prompt, with a reset for certain
+        if method == "drpo":  # the same prompt, with a reset for certain
             rng = drpo.generator(s.seed, "show", number)
-            reference = [token for token in drpo.encode_response(row["reference"], tokenizer, T) if token != eos][:T - 1]
+            reference = [token for token in drpo.encode_response(row["reference"], tokenizer, T) if token != eos][: T - 1]
             length = drpo.sample_reset_lengths(torch.tensor([len(reference)]), 1.0, rng, s.reset_include_prompt).item()
-            ids, = drpo.rollout(policy, [query], [reference[:length]], torch.rand(1, T, generator=rng), tokenizer, s, s.temperature)
+            (ids,) = drpo.rollout(
+                policy, [query], [reference[:length]], torch.rand(1, T, generator=rng), tokenizer, s, s.temperature
+            )
             shown.append((f"reset to {length} of the reference's {len(reference)} tokens", length, ids))
         for how, length, ids in shown:
             batch = drpo.pack([query], [ids], eos, s.device, width=T) | {
-                "reset_len": torch.tensor([length], device=s.device), "has_eos": torch.tensor([ids[-1] == eos], device=s.device)}
+                "reset_len": torch.tensor([length], device=s.device),
+                "has_eos": torch.tensor([ids[-1] == eos], device=s.device),
+            }
             masks = drpo.token_masks(batch["reset_len"], batch["response_len"], T, s.masking)
             _, _, values, scores, rewards = of_steps(batch, masks, roles, s)
             advantages, _ = drpo.gae(rewards, values, masks[2], s.gamma, s.lam)
             judged = "" if length else f", win rate {said['win_rate']}"
-            print(f"{report.label(method)}, {how}: {len(ids)} tokens, score {scores.item():.3f}"
-                  f"{'' if ids[-1] == eos else ' (NO EOS)'}{judged}\n")
+            print(
+                f"{report.label(method)}, {how}: {len(ids)} tokens, score {scores.item():.3f}"
+                f"{'' if ids[-1] == eos else ' (NO EOS)'}{judged}\n"
+            )
             columns = []
             for t, token in enumerate(ids):
                 role = "reset prefix" if t < length else "EOS" if token == eos else "sampled"
@@ -236,21 +281,32 @@ def recorded(run, given):
                 drpo.stop(f"--run {run}: has no {path}; make it with: python drpo.py {stage} --run_dir {run}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             drpo.stop(f"{run}/{path}: cannot be read: {type(error).__name__}: {error}")
-    fields = {f.name: f.default for f in dataclasses.fields(drpo.Settings)
-              if not f.metadata["help"].startswith("[run]") and f.name != "others"}
-    alike = {name: sum(known.get(key) == value for key, value in (fields | preset).items())
-             for name, preset in drpo.PRESETS.items()}
+    fields = {
+        f.name: f.default
+        for f in dataclasses.fields(drpo.Settings)
+        if not f.metadata["help"].startswith("[run]") and f.name != "others"
+    }
+    alike = {
+        name: sum(known.get(key) == value for key, value in (fields | preset).items()) for name, preset in drpo.PRESETS.items()
+    }
     likeliest = [f"--preset={known.get('preset', max(alike, key=alike.get))}"]
-    return [*likeliest * all(word.partition("=")[0] != "--preset" for word in given), f"--run_dir={run}",
-            *(f"--{name}={known[name]}" for name in fields if name in known)]
+    return [
+        *likeliest * all(word.partition("=")[0] != "--preset" for word in given),
+        f"--run_dir={run}",
+        *(f"--{name}={known[name]}" for name in fields if name in known),
+    ]
 
 
 def main(argv=None):
-    sys.path.append(os.getcwd())                                      # where a module:function may live
+    sys.path.append(os.getcwd())  # where a module:function may live
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(prog="python -m tools.show", allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.show",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--run", "--run_dir", type=Path, help="the folder of a run; without it, rows of the data are shown")
     parser.add_argument("--rows", type=int, default=2, help="how many of each to show")
     parser.add_argument("--sample", type=int, help="which row of samples.jsonl, from 0; with --run")

@@ -2,22 +2,63 @@
 
 Pure functions on lists of numbers and texts, standard library and numpy. Imports nothing of ours.
 """
+
 import math
 import statistics
 
 import numpy as np
 
 # Student's t, 0.975 quantile, for 1..30 degrees of freedom. Beyond them the last one serves: at most 4 % too wide.
-T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+T975 = [
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+]
 
 
 def spread(values):
     """Values, one a seed and None where the seed lacks it -> their statistics. One value alone has no std; of none at all
     there are no statistics: None."""
     given = [value for value in values if value is not None]
-    return {"mean": statistics.mean(given), "std": statistics.stdev(given) if len(given) > 1 else None,
-            "min": min(given), "max": max(given), "n": len(given), "values": values} if given else None
+    return (
+        {
+            "mean": statistics.mean(given),
+            "std": statistics.stdev(given) if len(given) > 1 else None,
+            "min": min(given),
+            "max": max(given),
+            "n": len(given),
+            "values": values,
+        }
+        if given
+        else None
+    )
 
 
 def t_interval(stats):
@@ -75,7 +116,7 @@ def length_controlled(verdicts, gaps, z=1.96):
     if not (won and lost and min(won) < max(lost) and min(lost) < max(won)):
         return None, None
     y, gap = np.array(decided).T
-    x = np.stack([np.ones_like(gap), np.tanh(gap / gap.std())], 1)    # (n, 2)
+    x = np.stack([np.ones_like(gap), np.tanh(gap / gap.std())], 1)  # (n, 2)
     weights = np.zeros(2)
 
     def likelihood(weights):
@@ -83,7 +124,7 @@ def length_controlled(verdicts, gaps, z=1.96):
         return (y * logits - np.logaddexp(0, logits)).sum()
 
     for _ in range(100):
-        p = (1 + np.tanh(x @ weights / 2)) / 2                        # sigma, which so cannot overflow
+        p = (1 + np.tanh(x @ weights / 2)) / 2  # sigma, which so cannot overflow
         fisher = x.T @ (x * (p * (1 - p))[:, None])
         step = np.linalg.solve(fisher, x.T @ (y - p))
         while likelihood(weights + step) < likelihood(weights) - 1e-9:  # too far: Newton's step is halved
@@ -109,7 +150,7 @@ def binned(x, y, bins=10):
     points = sorted(zip(x, y, strict=True))
     n, bins = len(points), 1 if min(x) == max(x) else max(1, min(bins, len(points) // 2))
     result = []
-    for part in (points[n * i // bins:n * (i + 1) // bins] for i in range(bins)):
+    for part in (points[n * i // bins : n * (i + 1) // bins] for i in range(bins)):
         xs, ys = zip(*part)
         error = statistics.stdev(ys) / math.sqrt(len(ys)) if len(ys) > 1 else 0.0
         result.append((statistics.fmean(xs), statistics.fmean(ys), error, len(ys)))
