@@ -15,7 +15,7 @@ Algorithm 1 of the paper, and where each line is:
 
     input   preference pairs D_R, unlabelled responses D_TR, policy pi_SFT                 load_rows, train_sft
     1       fit the reward r on D_R by maximum likelihood, Eq. (1)                         train_rm, bradley_terry_loss
-    2       pi_1 = pi_SFT;  for t = 1..T:                                                  train_drpo, twin; 3 - 6: drpo_update
+    2       pi_1 = pi_SFT;  for t = 1..T, each a `drpo_update`:                            train_drpo, twin, training
     3         draw a response from D_TR and a step h of it                                 reset_rollouts, sample_reset_lengths
     4         reset to s_h (prompt + prefix), roll out pi_t to the end                     reset_rollouts, rollout
     5         store the steps h' >= h only: state, action, r, ln(pi_t/pi_SFT)              token_masks, penalised_rewards
@@ -718,6 +718,7 @@ def train_dpo(s):
 def train_drpo(s, stage="drpo"):
     """Algorithm 1 with PPO as its policy optimiser. PPO itself is this function at beta = 0."""
     references, _ = load_rows(s.dataset, "reference", s.seed)
+    # D_TR, what is reset to: a row's "reference" is the human one, or the preferred response of a pair
     rows = references if s.reset_to == "reference" else load_rows(s.preference_dataset, "reference", s.seed)[0]
     tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
     policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r, s.seed)
@@ -740,7 +741,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     policy, critic, value_head, B, T = roles.policy, roles.critic, roles.value_head, s.batch_size, s.response_length
     tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats that rounding may cost, and a bug exceeds
     laps = [lap(s)]
-    # Lines 3 and 4: reset to the prompt and, with probability beta, a prefix of its own reference; roll out
+    # Lines 3 and 4: reset to the prompt and, with probability beta, a prefix of the row's response of the data; roll out
     batch = reset_rollouts(policy, rows, update, tokenizer, s)
     reset_len, lengths = batch["reset_len"], batch["response_len"]
     sampled, in_policy_loss, in_rest = token_masks(reset_len, lengths, T, s.masking)
@@ -792,7 +793,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
         if epoch == 0 and drift > tolerance:
             stop(
-                f"{where}: before any step the policy differs from the one that sampled (ln ratio up to {drift:.1e}, "
+                f"{where}: before any step the policy differs from the one that was scored (ln ratio up to {drift:.1e}, "
                 f"should be 0): look for dropout, padding, masks, temperature",
                 3,
             )
@@ -849,7 +850,8 @@ def lap(s):
 def check_first_update(log_ratios, reset_len, tolerance, s):
     """Two mistakes that no curve shows at once, looked for before the first step. Each check prints a line, or stops."""
     share, sigma = (reset_len > 0).float().mean().item(), math.sqrt(s.beta * (1 - s.beta) / len(reset_len))
-    tqdm.write(f"check: {share:.2f} of the rollouts start from a reset, and beta is {s.beta:g}")
+    zero = ", some with none of its tokens (not checked)" if s.reset_include_prompt else ""
+    tqdm.write(f"check: {share:.2f} of the rollouts start from a reset, and beta is {s.beta:g}{zero}")
     if not s.reset_include_prompt and abs(share - s.beta) > 5 * sigma + 1e-6:
         stop("resets do not happen as often as beta says", 3)
     tqdm.write(f"check: |ln pi - ln pi_SFT| is at most {log_ratios.abs().max():.1e} before the first step; it should be 0")

@@ -1,4 +1,5 @@
 """README.md, held to the code: the functions, lines, settings, flags, paths and figures that it names are there."""
+
 import argparse
 import importlib
 import importlib.util
@@ -22,7 +23,7 @@ PAPER = SECTIONS["The paper, line by line"]
 def table(text, heading):
     """-> the rows below the line `heading` of a Markdown table, each a list of cells."""
     below = text.partition(f"{heading}\n")[2].splitlines()[1:]
-    rows = below[:next((i for i, line in enumerate(below) if not line.startswith("|")), len(below))]
+    rows = below[: next((i for i, line in enumerate(below) if not line.startswith("|")), len(below))]
     assert rows, heading
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
@@ -61,7 +62,7 @@ def test_table_5_states_the_settings_that_are_the_defaults():
     settings, seen = vars(drpo.parse(["--preset", "tldr"])[1]), []
     for item, paper, here in table(PAPER, "| Table 5 of the paper | value | setting here |"):
         pairs = re.findall(r"`(\w+)` ([^\s,;]+)", here)
-        assert pairs and len(pairs) == here.count("`") // 2, item     # no setting without its value
+        assert pairs and len(pairs) == here.count("`") // 2, item  # no setting without its value
         for name, value in pairs:
             assert settings[name] == (value if isinstance(settings[name], str) else float(value)), name
             assert value.rpartition("/")[2].lower() in re.split(r"[;,\s]+", paper.lower()), f"{name}: {paper}"
@@ -75,14 +76,19 @@ class Parser(Exception):
 
 def options(command):
     """The flags of drpo.py, toy_env.py or tools.NAME; with those of drpo.py, where the rest is left to that."""
+
     def strict(parser, *_, **__):
         raise Parser(parser, False)
 
     def lenient(parser, *_, **__):
         raise Parser(parser, True)
+
     module = importlib.import_module(command.removesuffix(".py"))
-    with mock.patch.multiple(argparse.ArgumentParser, parse_args=strict, parse_known_args=lenient), \
-            mock.patch("sys.path", [*sys.path]), pytest.raises(Parser) as found:
+    with (
+        mock.patch.multiple(argparse.ArgumentParser, parse_args=strict, parse_known_args=lenient),
+        mock.patch("sys.path", [*sys.path]),
+        pytest.raises(Parser) as found,
+    ):
         drpo.parse([]) if module is drpo else module.main()
     parser, leaves_the_rest = found.value.args
     flags = {flag for flag in parser._option_string_actions if flag.startswith("--")}
@@ -130,15 +136,22 @@ def test_the_section_on_tools_names_all_of_them():
 # What the troubleshooting table says of each planted mistake, from its metrics and those of the healthy run
 QUOTED = {
     "right_padding": lambda log, healthy: [
-        f"at most {max(log['score']):.2f}", f"healthy {max(healthy['score']):.2f}",
-        f"{log['entropy'][0]:.2f} at update 1, healthy {healthy['entropy'][0]:.2f}"],
+        f"at most {max(log['score']):.2f}",
+        f"healthy {max(healthy['score']):.2f}",
+        f"{log['entropy'][0]:.2f} at update 1, healthy {healthy['entropy'][0]:.2f}",
+    ],
     "score_at_padding": lambda log, healthy: [f"{log['score'][0]:.2f}, healthy {healthy['score'][0]:.2f}"],
     "reward_on_padding": lambda log, healthy: [
-        f"at best {max(log['explained_variance']):.1f}", f"({min(log['kl']):.2f} in",
-        f"{healthy['explained_variance'][0]:.1f} at first, then up to {max(healthy['explained_variance']):.1f}"],
+        f"at best {max(log['explained_variance']):.1f}",
+        f"({min(log['kl']):.2f} in",
+        f"{healthy['explained_variance'][0]:.1f} at first, then up to {max(healthy['explained_variance']):.1f}",
+    ],
     "trained_reference": lambda log, healthy: [
-        f"`kl` exactly {max(map(abs, log['kl'])):g} in every update", f"healthy up to {max(healthy['kl']):.2f}"],
-    "no_resets": lambda log, healthy: [f"`reset_share` {max(log['reset_share']):.0f}"]}
+        f"`kl` exactly {max(map(abs, log['kl'])):g} in every update",
+        f"healthy up to {max(healthy['kl']):.2f}",
+    ],
+    "no_resets": lambda log, healthy: [f"`reset_share` {max(log['reset_share']):.0f}"],
+}
 
 
 @pytest.mark.parametrize("mistake", QUOTED)
@@ -146,6 +159,7 @@ def test_troubleshooting_quotes_what_the_planted_mistake_did(mistake):
     def read(name):
         lines = [json.loads(line) for line in (ROOT / "results" / "planted" / f"{name}.jsonl").read_text().splitlines()]
         return {key: [line[key] for line in lines] for key in lines[0]}
+
     rows = "".join(row for row in SECTIONS["Troubleshooting by symptom"].splitlines() if f"`{mistake}`" in row)
     for quoted in QUOTED[mistake](read(mistake), read("healthy")):
         assert quoted.replace("-", "−") in rows, quoted
@@ -154,9 +168,13 @@ def test_troubleshooting_quotes_what_the_planted_mistake_did(mistake):
 def test_what_stops_a_planted_mistake_is_as_troubleshooting_says():
     stopped = json.loads((ROOT / "results" / "planted" / "stopped.json").read_text())
     rows = SECTIONS["Troubleshooting by symptom"].splitlines()
-    signs = {"right_padding": "`--check_rollouts` stops it", "score_at_padding": "the check on references stops it",
-             "no_resets": "the check on resets stops", "trained_reference": "nothing stops it",
-             "reward_on_padding": "nothing stops it"}
+    signs = {
+        "right_padding": "`--check_rollouts` stops it",
+        "score_at_padding": "the check on references stops it",
+        "no_resets": "the check on resets stops",
+        "trained_reference": "nothing stops it",
+        "reward_on_padding": "nothing stops it",
+    }
     for mistake, sign in signs.items():
         assert any(f"`{mistake}`" in row and sign in row for row in rows), mistake
         assert (stopped[mistake] is None) == (sign == "nothing stops it")
