@@ -153,6 +153,9 @@ class Settings:
     dpo_batch_size: int = setting("dpo", 64, "pairs per update of DPO")
 
     eval_samples: int = setting("eval", 600, "held-out prompts on which the methods are compared")
+    eval_split: str = setting(
+        "eval", "", "of this held-out split of the dataset, such as test; empty: validation, if there is one"
+    )
     eval_temperature: float = setting("eval", 0.01, "sampling temperature of the evaluation; 0.01 is all but greedy")
     judge: str = setting("eval", "rm", "rm (the run's own: not independent!), rm:RUN_DIR, module:function or api:MODEL")
     both_orders: bool = setting("eval", False, "an API judge sees each pair twice, either text first; disagreement is a tie")

@@ -177,19 +177,7 @@ def test_pythia_2_8b_at_the_papers_rank_by_hand():
 def test_the_table_of_plans_keeps_to_its_cards(capsys, tmp_path):
     bench.main(["--plan", "--json", str(tmp_path / "plan.json")])
     lines, plans = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "plan.json").read_text())
-    assert "512 + 53 tokens" in lines[0] and lines[1].split() == [
-        "Pythia",
-        "16",
-        "GB",
-        "24",
-        "GB",
-        "40",
-        "GB",
-        "48",
-        "GB",
-        "80",
-        "GB",
-    ]
+    assert "512 + 53 tokens" in lines[0] and lines[1].split() == "Pythia 16 GB 24 GB 40 GB 48 GB 80 GB".split()
     assert [line.split()[0] for line in lines[2:]] == list(plans) == ["160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"]
     for size, row in plans.items():
         ranks = [plan["lora_r"] if plan else 0 for plan in row.values()]
@@ -388,29 +376,10 @@ def test_peers_tables_both_sides_and_the_row_steps_that_resets_save(capsys, monk
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-RUN = [
-    "--preset",
-    "tldr",
-    "--model",
-    "14m",
-    "--random_weights",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--query_length",
-    "40",
-    "--response_length",
-    "20",
-    "--batch_size",
-    "12",
-    "--micro_batch",
-    "2",
-    "--lora_r",
-    "4",
-    "--epochs",
-    "1",
-]
+RUN = (
+    "--preset tldr --model 14m --random_weights --device cpu --dtype float32 --query_length 40 "
+    "--response_length 20 --batch_size 12 --micro_batch 2 --lora_r 4 --epochs 1"
+).split()
 
 
 def test_a_bench_prints_what_its_json_says(capsys, tmp_path):

@@ -15,20 +15,7 @@ import drpo
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = [
-    "--sft_steps",
-    "3",
-    "--rm_steps",
-    "3",
-    "--updates",
-    "2",
-    "--eval_samples",
-    "12",
-    "--batch_size",
-    "4",
-    "--dpo_batch_size",
-    "4",
-]
+SHORT = "--sft_steps 3 --rm_steps 3 --updates 2 --eval_samples 12 --batch_size 4 --dpo_batch_size 4".split()
 KEYS = ["win_rate", "win_rate_ci95", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate"]
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import drpo
 import toy_env
+from tools import evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 20  # rows of a file; the last two of them are held out
@@ -272,6 +273,18 @@ def test_a_folder_is_split_as_its_files_say(tmp_path, names, used):
     assert [row["reference"] for row in held_out] == [f"{used} reference {i}" for i in range(N)]
 
 
+def test_the_evaluation_takes_the_held_out_split_that_is_named(tmp_path, capsys):
+    for name in ("train", "validation", "test"):
+        write(tmp_path / "folder" / f"{name}.jsonl", plain(name))
+    s = drpo.Settings(dataset=str(tmp_path / "folder"), eval_split="test")
+    assert evaluation.held_out_rows(s)[0]["reference"] == "test reference 0"
+    assert evaluation.held_out_rows(dataclasses.replace(s, eval_split=""))[0]["reference"] == "validation reference 0"
+    assert evaluation.held_out_rows(dataclasses.replace(s, dataset="test_data:by_split_and_seed"))[0]["prompt"] == "test 0"
+    with pytest.raises(SystemExit):
+        evaluation.held_out_rows(dataclasses.replace(s, eval_split="tset"))
+    assert "has no split named tset, only" in capsys.readouterr().err
+
+
 def by_split_and_seed(split, seed):
     return [{"prompt": f"{split} {seed}", "reference": "r"}]
 
@@ -408,7 +421,7 @@ def openai_rule(prompt, tokenizer, length):
 
 
 def test_a_cut_is_that_of_the_official_loop_at_every_length(bpe):
-    rng, words = random.Random(0), ["so", "my", "sister", "broke", "our", "bike", "yesterday", "and", "i", "feel", "angry"]
+    rng, words = random.Random(0), "so my sister broke our bike yesterday and i feel angry".split()
     for _ in range(2):
         post = "".join(" ".join(rng.choices(words, k=6)) + rng.choice([" . ", " .\n", " .\n\n"]) for _ in range(8))
         prompt = f"SUBREDDIT: r/advice\n\nTITLE: i feel sad\n\nPOST: {post}the end\n\nTL;DR:"

@@ -29,36 +29,11 @@ SMALL = [
     "test_evaluation:tokenizer",
     "--judge",
     "test_evaluation:longer",
-    *[
-        "--sft_steps",
-        "1",
-        "--rm_steps",
-        "1",
-        "--updates",
-        "3",
-        "--sft_batch_size",
-        "4",
-        "--rm_batch_size",
-        "4",
-        "--batch_size",
-        "4",
-        "--dpo_batch_size",
-        "4",
-        "--lr",
-        "0.01",
-        "--query_length",
-        "8",
-        "--response_length",
-        "6",
-        "--preference_length",
-        "6",
-        "--eval_samples",
-        "10",
-        "--save_every",
-        "1",
-        "--keep",
-        "5",
-    ],
+    *(
+        "--sft_steps 1 --rm_steps 1 --updates 3 --sft_batch_size 4 --rm_batch_size 4 --batch_size 4 "
+        "--dpo_batch_size 4 --lr 0.01 --query_length 8 --response_length 6 --preference_length 6 "
+        "--eval_samples 10 --save_every 1 --keep 5"
+    ).split(),
 ]
 
 

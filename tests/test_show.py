@@ -19,34 +19,10 @@ from tools import show
 ROOT = Path(__file__).resolve().parents[1]
 B, T, EOS = 12, 20, 0
 SETTINGS = [
-    *[
-        "--dataset",
-        "test_show:posts",
-        "--preference_dataset",
-        "test_show:pairs",
-        "--model",
-        "test_show:network",
-        "--seed",
-        "5",
-        "--query_length",
-        "60",
-    ],
-    *[
-        "--sft_steps",
-        "2",
-        "--rm_steps",
-        "2",
-        "--updates",
-        "1",
-        "--sft_batch_size",
-        "6",
-        "--rm_batch_size",
-        "6",
-        "--micro_batch",
-        "4",
-        "--epochs",
-        "1",
-    ],
+    *(
+        "--dataset test_show:posts --preference_dataset test_show:pairs --model test_show:network --seed 5 --query_length 60"
+    ).split(),
+    *("--sft_steps 2 --rm_steps 2 --updates 1 --sft_batch_size 6 --rm_batch_size 6 --micro_batch 4 --epochs 1").split(),
     *f"--sft_lr 1e-5 --lr 0.01 --batch_size {B} --response_length {T} --eval_samples 2".split(),
 ]
 

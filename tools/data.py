@@ -35,17 +35,18 @@ def call(function, **offered):
 
 
 @functools.lru_cache
-def load_rows(source, kind, seed):
+def load_rows(source, kind, seed, split=""):
     """-> (training rows, held-out rows): dicts with texts prompt and reference (kind "reference"), or prompt, chosen and
     rejected ("pairs"). Of pairs asked for as references, the chosen response is the reference.
 
-    A module:function is called with split="train" and "validation" and the seed; tools/data.py reads everything else. Rows
-    that teach nothing (an empty text, chosen equal to rejected) are dropped and counted. Exits with 2 on any other kind."""
+    The held-out rows are those of `split`, or where none is named of the first of HELD_OUT that there is. A module:function
+    is called with split="train" and "validation" (or `split`) and the seed; `load` reads everything else. Rows that teach
+    nothing (an empty text, chosen equal to rejected) are dropped and counted. Exits with 2 on any other kind."""
     if function := resolve(source):
-        splits = [call(function, split=split, seed=seed) for split in ("train", "validation")]
+        splits = [call(function, split=name, seed=seed) for name in ("train", split or "validation")]
     else:
         try:
-            splits = load(source)
+            splits = load(source, split)
         except ValueError as error:
             stop(error)
     fields, result = ("prompt", "reference") if kind == "reference" else ("prompt", "chosen", "rejected"), []
@@ -75,11 +76,11 @@ def load_rows(source, kind, seed):
     return result
 
 
-def load(source):
+def load(source, split=""):
     """-> (training rows, held-out rows), lists of {prompt, reference} or {prompt, chosen, rejected, batch}.
 
     `source` is a json, jsonl, csv or parquet file (also .gz), a folder of them, or a Hub name, as name or name:config. Where
-    there is a train split only, as in a file, its last tenth is held out. Raises ValueError with one line that names what is
+    there is a train split only, as in a file, its last tenth is held out, unless a `split` is named. Raises ValueError with one line that names what is
     wrong and where."""
     import datasets  # slow to import, and the toy corpus does without
 
@@ -100,7 +101,9 @@ def load(source):
         raise ValueError(f"{source}: cannot be read: {reason}") from error
     if "train" not in splits:
         raise ValueError(f"{source}: has no split named train, only {', '.join(splits)}")
-    train, held_out = splits["train"], next((splits[name] for name in HELD_OUT if name in splits), None)
+    if split and split not in splits:
+        raise ValueError(f"{source}: has no split named {split}, only {', '.join(splits)}")
+    train, held_out = splits["train"], next((splits[name] for name in [split, *HELD_OUT] if name in splits), None)
     if held_out is None:
         cut = len(train) - max(1, len(train) // 10)
         train, held_out = train.select(range(cut)), train.select(range(cut, len(train)))

@@ -51,6 +51,12 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
     return resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR, module:function or api:MODEL")
 
 
+def held_out_rows(s):
+    """All held-out rows of the dataset, or of its split --eval_split."""
+    source = (s.dataset, "reference", s.seed)
+    return drpo.load_rows(*source, s.eval_split)[1] if s.eval_split else drpo.load_rows(*source)[1]
+
+
 def yardsticks(s):
     """What methods are measured with, all of the run: {sft, backbone, head: its SFT and reward model, tokenizer, judge}."""
     tokenizer, sft = drpo.load_tokenizer(f"{s.run_dir}/sft", s), drpo.load_network(f"{s.run_dir}/sft", s)
@@ -104,7 +110,7 @@ def evaluate(s):
     row per prompt, and eval.json, what is known of the run; tools/report.py makes tables, intervals and figures of them."""
     run = Path(s.run_dir)
     results = {stage: json.loads(path.read_text()) for stage in USES if (path := run / stage / "result.json").exists()}
-    rows, by = drpo.load_rows(s.dataset, "reference", s.seed)[1][: s.eval_samples], yardsticks(s)
+    rows, by = held_out_rows(s)[: s.eval_samples], yardsticks(s)
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     folders = {name: f"{run}/{name}" for name in ("sft", "dpo", "ppo", "drpo") if name in results}
     for name in s.others:

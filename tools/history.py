@@ -35,7 +35,7 @@ def policy_at(path, s):
 
 def split(s):
     """The held-out rows -> (validation rows, test rows): the latter are those of `eval`, and share no prompt with the former."""
-    held_out = drpo.load_rows(s.dataset, "reference", s.seed)[1]
+    held_out = evaluation.held_out_rows(s)
     test = held_out[: s.eval_samples]
     taken = {row["prompt"] for row in test}
     validation = [row for row in held_out[s.eval_samples :] if row["prompt"] not in taken][: s.eval_samples]

@@ -49,6 +49,7 @@ def check(stages, s, held):
                 f"--model {s.model} has room for {room}"
             )
     if "eval" in todo:
+        evaluation.held_out_rows(s)
         evaluation.load_judge(s)
 
 
