@@ -69,6 +69,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from tools import static_cache
 from tools.data import load_rows
 from tools.models import body_and_head, load_network, load_reward, load_tokenizer, save_network, scalar_head
 from tools.running import exchanged, join, refuse_if_changed, relevant, share, step, stop, summed, training, wait_for_all, world
@@ -90,6 +91,7 @@ class Settings:
     seeds: list[int] = setting("run", [], "repeat with each of these seeds in RUN_DIR/seed_K, then tabulate mean and range")
     micro_batch: int = setting("run", 8, "rows per forward pass; changes memory and speed, never the result")
     checkpoint_activations: bool = setting("run", False, "memory for time: layers are computed anew in the backward pass")
+    static_cache: bool = setting("run", False, "decode into a cache of fixed size; on a GPU a step is then one CUDA graph")
     check_rollouts: bool = setting("run", False, "to debug: hold every token drawn against a plain forward pass")
     save_every: int = setting("run", 100, "updates between checkpoints; the last update is always kept")
     keep: int = setting("run", 1, "how many of the newest checkpoints stay on the disk")
@@ -511,6 +513,27 @@ def token_masks(reset_len, response_len, T, masking="sampled"):
     return (sampled, sampled, sampled) if masking == "sampled" else (sampled, free, torch.ones_like(free))
 
 
+def decoder(policy, query_mask, _):
+    """-> step(tokens, keep), which gives the logits that follow, (rows, V). The first call reads the queries, (rows, Q); each
+    later one a token a row, (rows, 1), of the rows that `keep` names among those of the call before (None: all of them)."""
+    mask, cache = query_mask, None
+
+    def step(tokens, keep):
+        nonlocal mask, cache
+        if cache is not None:
+            mask = F.pad(mask, (0, 1), value=True)
+        if keep is not None:
+            mask = mask[keep]
+            cache.batch_select_indices(keep)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        given = {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
+        out = policy(**given, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        return out.logits[:, -1]
+
+    return step
+
+
 @torch.no_grad()
 def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop_at_eos=True):
     """Alg. 1, line 4: reset to query + prefix, then let the policy finish.
@@ -525,18 +548,10 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     for first in share(range(0, len(order), 4 * s.micro_batch)):
         rows = order[first : first + 4 * s.micro_batch]
         start = pack([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
-        tokens, mask, cache = start["query"], start["query_mask"], None
+        step = (static_cache.decoder if s.static_cache else decoder)(policy, start["query_mask"], T)
+        tokens, keep = start["query"], None
         while rows:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            out = policy(
-                input_ids=tokens,
-                attention_mask=mask.long(),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cdf = (out.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
+            cdf = (step(tokens, keep).float() / temperature).softmax(-1).cumsum(-1)
             u = uniforms[rows, [len(responses[row]) for row in rows]].to(cdf)[:, None]
             tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
             for row, token in zip(rows, tokens[:, 0].tolist()):
@@ -546,11 +561,9 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
                 for i, row in enumerate(rows)
                 if len(responses[row]) < T and not (stop_at_eos and responses[row][-1] == tokenizer.eos_token_id)
             ]
-            cache, mask = out.past_key_values, F.pad(mask, (0, 1), value=True)
-            if len(left) < len(rows):
-                keep = torch.tensor(left, dtype=torch.long, device=mask.device)
-                cache.batch_select_indices(keep)
-                rows, tokens, mask = [rows[i] for i in left], tokens[keep], mask[keep]
+            keep = torch.tensor(left, dtype=torch.long, device=tokens.device) if len(left) < len(rows) else None
+            if keep is not None:
+                rows, tokens = [rows[i] for i in left], tokens[keep]
     return exchanged(responses, [len(prefix) for prefix in prefixes], T, s.device) if world()[1] > 1 else responses
 
 

@@ -566,9 +566,9 @@ def slow_rollout(network, query, prefix, uniforms, temperature, stop_at_eos=True
     return ids
 
 
-def roll(network, queries, prefixes, uniforms, temperature=0.7, micro_batch=4, **kwargs):
-    words = SimpleNamespace(eos_token_id=EOS)
-    return drpo.rollout(network, queries, prefixes, uniforms, words, settings(micro_batch=micro_batch), temperature, **kwargs)
+def roll(network, queries, prefixes, uniforms, temperature=0.7, micro_batch=4, static_cache=False, **kwargs):
+    words, s = SimpleNamespace(eos_token_id=EOS), settings(micro_batch=micro_batch, static_cache=static_cache)
+    return drpo.rollout(network, queries, prefixes, uniforms, words, s, temperature, **kwargs)
 
 
 def likely_eos(network):
@@ -669,6 +669,27 @@ def test_the_sampler_draws_from_the_softmax_at_its_temperature():
 
     assert chi_square(temperature) < 27.88  # the 99.9 % quantile with 9 degrees of freedom
     assert chi_square(0.8) > 60  # and a wrong temperature shows
+
+
+@pytest.mark.parametrize("stop_at_eos", [True, False])
+@every_network
+def test_a_cache_of_fixed_size_gives_the_tokens_of_one_that_grows(make, stop_at_eos):
+    network, given = likely_eos(make()), reset_rows()
+    grown = roll(network, *given, stop_at_eos=stop_at_eos)
+    assert roll(network, *given, stop_at_eos=stop_at_eos, static_cache=True) == grown
+    assert len({len(ids) for ids in grown}) > 3 or not stop_at_eos  # rows left at different times
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@every_network
+def test_a_cuda_graph_gives_the_tokens_of_a_cache_that_grows(make):
+    network, (queries, prefixes, u) = likely_eos(make()).cuda(), reset_rows()
+    words, s = SimpleNamespace(eos_token_id=EOS), settings(micro_batch=4, device="cuda")
+    both = [
+        drpo.rollout(network, queries, prefixes, u, words, dataclasses.replace(s, static_cache=static), 0.7)
+        for static in (False, True)
+    ]
+    assert both[0] == both[1]
 
 
 def test_a_token_without_probability_is_never_drawn():
