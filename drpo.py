@@ -8,8 +8,8 @@ finishes the response, and only what it wrote itself is learned from. `ppo` here
     python drpo.py all --preset tldr     the paper's TL;DR run: Pythia-2.8B, LoRA, one GPU
     python drpo.py STAGE [--preset P] [--run_dir DIR] [settings]      STAGE = sft | rm | drpo | ppo | dpo | eval | all
 
-What the method does not depend on is in tools/: `running` (the loop around a stage's updates, several processes), `models` (loading
-and saving), `data` (where rows come from), and whatever measures, draws and checks.
+What the method does not depend on is in tools/: `running` (the loop around a stage's updates, with optimizer and checkpoints;
+several processes), `models` (loading and saving), `data` (where rows come from), and whatever measures, draws and checks.
 
 Algorithm 1 of the paper, and where each line is:
 
@@ -40,8 +40,9 @@ Differences from the paper (P) and from the official code (C, github.com/Cornell
     2  prefixes are of 1..n tokens, n without EOS, as in C; with `--reset_include_prompt` of 0..n, as in P, Alg. 3
     3  the prefix is fed with the prompt: a reset saves decoding steps. C forces it token by token; same distribution
     4  a response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the very last place
-    5  references score 0 on average, read at EOS. C reads that bias at the wrong place in left-padded prompts
-    6  losses are means over all tokens of the minibatch, for PPO and DR-PO alike. C averages means of micro-batches, over all
+    5  references score 0 on average, read at their EOS, or where one is cut at its last token. C reads that bias at the wrong
+       place in left-padded prompts
+    6  losses are means over all tokens of the batch, for PPO and DR-PO alike. C averages means of micro-batches, over all
        positions in PPO and the free ones in DR-PO, so that the two weigh the value loss differently
     7  every draw depends on seed and update number alone, the resets too; C's resets are unseeded
     8  the critic's head is trained (frozen in C, under peft); schedules are linear to 0 as in P (cosine in C)
@@ -75,7 +76,8 @@ from tools.models import body_and_head, load_network, load_reward, load_tokenize
 from tools.running import exchanged, join, refuse_if_changed, relevant, share, step, stop, summed, training, wait_for_all, world
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Settings. The defaults are the paper's TL;DR run (Table 5); a preset fills in what the command line does not give.
+# 1. Settings. A field's default is that of the paper's TL;DR run (Table 5); what the command line does not give comes from the
+# preset first, which is `tiny` where none is named.
 
 
 def setting(part, default, help):
@@ -89,7 +91,9 @@ class Settings:
     preset: Literal["tiny", "tldr", "hh", "cnndm"] = setting("run", "tiny", "which set of defaults")
     run_dir: str = setting("run", "", "where everything is written; empty: runs/PRESET, with --seeds runs/PRESET_seeds")
     seeds: list[int] = setting("run", [], "repeat with each of these seeds in RUN_DIR/seed_K, then tabulate mean and range")
-    micro_batch: int = setting("run", 8, "rows per forward pass; changes memory and speed, never the result")
+    micro_batch: int = setting(
+        "run", 8, "rows per pass (rollouts: 4 times as many): memory and speed; results change by rounding"
+    )
     checkpoint_activations: bool = setting("run", False, "memory for time: layers are computed anew in the backward pass")
     static_cache: bool = setting("run", False, "decode into a cache of fixed size; on a GPU a step is then one CUDA graph")
     check_rollouts: bool = setting("run", False, "to debug: hold every token drawn against a plain forward pass")
@@ -146,7 +150,7 @@ class Settings:
     lam: float = setting("rl", 0.95, "GAE's lambda: 1 is Monte Carlo (variance), 0 trusts the critic (bias)")
     cliprange: float = setting("rl", 0.2, "PPO's epsilon; clipfrac beyond 0.3 says the steps are too large")
     cliprange_value: float = setting("rl", 0.2, "how far a value may move in one update before its loss is cut off")
-    vf_coef: float = setting("rl", 0.1, "weight of the value loss; policy and critic share no weights")
+    vf_coef: float = setting("rl", 0.1, "weight of the value loss: little matters, as nothing is shared and AdamW rescales")
     whiten_rewards: bool = setting("rl", True, "divide the per-token rewards by their standard deviation in the batch")
     missing_eos_score: float = setting("rl", -1.0, "score of a response that never ends")
 
@@ -263,7 +267,7 @@ def response_mask(batch):
 
 def micro_batches(batch, s):
     """Yields (row indices, batch of those rows), this process's, of at most `micro_batch` rows: rows of like length together,
-    the longest first, without the columns of padding that none of them needs ("official" masking sees what follows the response)."""
+    the longest first, without columns of padding that none of them needs (--masking official sees those after the response)."""
     order = (-batch["query_mask"].sum(1) - batch["response_len"]).argsort(stable=True)
     for rows in share(order.split(s.micro_batch)):
         part = {name: x[rows] for name, x in batch.items()}
@@ -539,7 +543,7 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     """Alg. 1, line 4: reset to query + prefix, then let the policy finish.
 
     The prefix is fed with the query, so only what is left is decoded. Token t of row i is the inverse of the policy's
-    cumulative distribution at uniforms[i, t]: exactly the softmax that is scored later, and the same token whatever rows
+    cumulative distribution at uniforms[i, t]: of the softmax that is scored later; but for rounding the same token whatever rows
     are decoded beside it. Rows with about as much left to decode go together, and leave when they have ended; four times as
     many as in a micro-batch, since nothing is kept for backward.
     queries, prefixes: B lists of ids; uniforms (B, T) in [0, 1) -> responses, B lists of at most T ids, EOS included."""
@@ -553,7 +557,7 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
         while rows:
             cdf = (step(tokens, keep).float() / temperature).softmax(-1).cumsum(-1)
             u = uniforms[rows, [len(responses[row]) for row in rows]].to(cdf)[:, None]
-            tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)
+            tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # u * cdf may round up
             for row, token in zip(rows, tokens[:, 0].tolist()):
                 responses[row].append(token)
             left = [
@@ -688,6 +692,8 @@ def train_rm(s):
         pairs = draw(rows, s.rm_batch_size, update, s.seed, "rm")
         metrics.update(pair_update(pairs, s, optimizer, pair_loss, tokenizer, f"rm update {update + 1}"))
 
+    if s.supervised_lora_r:
+        backbone = backbone.merge_and_unload()  # before it is measured: in bfloat16 merging rounds
     held_out, by_batch = held_out[:HELD_OUT_PAIRS], {}
     with torch.no_grad():
         margins = torch.cat([pair_loss(held_out[i : i + s.micro_batch])[1] for i in range(0, len(held_out), s.micro_batch)])
@@ -697,8 +703,6 @@ def train_rm(s):
         count = by_batch.setdefault(row["batch"] or "all", {"right": 0, "pairs": 0})
         count["right"], count["pairs"] = count["right"] + right, count["pairs"] + 1
     accuracy = (margins > 0).double().mean().item()
-    if s.supervised_lora_r:
-        backbone.merge_and_unload()
     model.score.weight.data.copy_(head.weight)
     model.config.reward_bias = scores.mean().item()  # N+ detail 15: references score 0 on average
     if tokenizer.pad_token_id == tokenizer.eos_token_id:  # transformers' own classifier reads before the padding
@@ -741,6 +745,7 @@ def train_drpo(s, stage="drpo"):
     backbone, reward_head = load_reward(f"{s.run_dir}/rm", s, full=not s.lora_r)
     critic, reward = twin(backbone, s.lora_r, s.seed)  # the critic starts as the reward model, head and all
     value_head = copy.deepcopy(reward_head).requires_grad_(True)
+    # Of these, `reference` and `reward` are contexts: `with roles.reference() as network` gives the frozen network
     roles = SimpleNamespace(
         policy=policy, reference=reference, critic=critic, value_head=value_head, reward=reward, reward_head=reward_head
     )
@@ -775,7 +780,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
                 ref_logprobs[at], _ = response_logprobs(network, part, s.temperature, in_rest[at])
             with roles.reward() as network:
                 scores[chunk] = end_scores(network, roles.reward_head, part)
-        summed(of_steps), summed(scores)
+        summed(of_steps), summed(scores)  # in place, over the processes
         log_ratios = log_ratio(logprobs, ref_logprobs, sampled)
         if update == 0:
             check_first_update(log_ratios, reset_len, tolerance, s)
@@ -807,7 +812,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
             new_logprobs[epoch][at], new_values[epoch][at] = part_logprobs.detach(), part_values.detach()
         summed(new_logprobs[epoch]), summed(new_values[epoch])
         drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
-        if epoch == 0 and drift > tolerance:
+        if epoch == 0 and not drift <= tolerance:
             stop(
                 f"{where}: before any step the policy differs from the one that was scored (ln ratio up to {drift:.1e}, "
                 f"should be 0): look for dropout, padding, masks, temperature",
@@ -816,7 +821,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         grad_norm = step(optimizer, s, where, lambda: seen)
     laps.append(lap(s))
 
-    mask, rest = [x.expand(s.epochs, B, T) for x in (in_policy_loss, in_rest)]  # figures are means over the epochs
+    mask, rest = [x.expand(s.epochs, B, T) for x in (in_policy_loss, in_rest)]  # losses and ratios: means over the epochs
     pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, mask, s.cliprange)
     vf_loss, vf_clipfrac = ppo_value_loss(new_values, values, returns, rest, s.cliprange_value)
     drift = log_ratio(new_logprobs, logprobs, mask)
@@ -834,7 +839,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         "ratio": drift.exp()[mask].mean(),
         "ratio_var": drift.exp()[mask].var(),
         "approx_kl": -drift[mask].mean(),
-        "approx_kl3": (drift.exp() - 1 - drift)[mask].mean(),  # k1 and k3
+        "approx_kl3": (drift.exp() - 1 - drift)[mask].mean(),  # Schulman's k1, k3
         "explained_variance": 1 - (returns - values)[in_rest].var() / returns[in_rest].var(),
         "advantage_mean": raw_advantages[in_rest].mean(),
         "advantage_std": raw_advantages[in_rest].std(),
@@ -865,10 +870,10 @@ def lap(s):
 
 def check_first_update(log_ratios, reset_len, tolerance, s):
     """Two mistakes that no curve shows at once, looked for before the first step. Each check prints a line, or stops."""
-    share, sigma = (reset_len > 0).float().mean().item(), math.sqrt(s.beta * (1 - s.beta) / len(reset_len))
+    reset_share, sigma = (reset_len > 0).float().mean().item(), math.sqrt(s.beta * (1 - s.beta) / len(reset_len))
     zero = ", some with none of its tokens (not checked)" if s.reset_include_prompt else ""
-    tqdm.write(f"check: {share:.2f} of the rollouts start from a reset, and beta is {s.beta:g}{zero}")
-    if not s.reset_include_prompt and abs(share - s.beta) > 5 * sigma + 1e-6:
+    tqdm.write(f"check: {reset_share:.2f} of the rollouts start from a reset, and beta is {s.beta:g}{zero}")
+    if not s.reset_include_prompt and abs(reset_share - s.beta) > 5 * sigma + 1e-6:
         stop("resets do not happen as often as beta says", 3)
     tqdm.write(f"check: |ln pi - ln pi_SFT| is at most {log_ratios.abs().max():.1e} before the first step; it should be 0")
     if not log_ratios.abs().max() < tolerance:
@@ -930,7 +935,7 @@ STAGES = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": lambda s: t
 def run_stage(stage, s):
     """One stage, from the finished ones before it to its own result.json. A finished stage with the same settings is kept."""
     result = Path(s.run_dir) / stage / "result.json"
-    for needed in {"eval": ("sft", "rm"), "sft": (), "rm": ("sft",), "dpo": ("sft",)}.get(stage, ("sft", "rm")):
+    for needed in {"sft": (), "rm": ("sft",), "dpo": ("sft",)}.get(stage, ("sft", "rm")):
         if not (Path(s.run_dir) / needed / "result.json").exists():
             stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
     if stage == "eval":
@@ -991,8 +996,9 @@ def main(argv=None):
         for one in runs:
             for name in stages:
                 run_stage(name, one)
-    if stage in ("eval", "all") and os.environ.get("RANK", "0") == "0":
-        print([report.write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])][-1])
+        if stage in ("eval", "all") and world()[0] == 0:
+            tables = [report.write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])]
+            print(tables[-1])
 
 
 if __name__ == "__main__":

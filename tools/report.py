@@ -54,6 +54,11 @@ PANELS = [  # key in metrics.jsonl, stages, axis, y label, title
     ("accuracy", ("rm",), {"ylim": (0.4, 1.02)}, "share (chance: 0.5)", "reward model, pairs ranked right: should rise"),
     ("accuracy", ("dpo",), {"ylim": (0.4, 1.02)}, "share (chance: 0.5)", "DPO, pairs ranked right: should rise"),
 ]
+HELD_OUT_PANELS = [  # key in history.jsonl, y label, title; a last row, where tools/history.py has measured kept checkpoints
+    ("win_rate", "share", "win rate, validation prompts: should rise"),
+    ("rm_score", "score", "RM score, validation prompts"),
+    ("kl", "nats per response", "KL to the SFT model, validation prompts"),
+]
 
 
 def fail(message):
@@ -197,36 +202,50 @@ def sample_posts(samples, methods):
 
 def draw(folders, batch_size, path):
     """curves.png: what each stage logged against its updates, and PPO's and DR-PO's also against episodes and against tokens
-    generated; several folders give mean and min-max band."""
+    generated; several folders give mean and min-max band. Win rates on the way, where tools/history.py has measured them."""
     from matplotlib.figure import Figure  # not pyplot: needs no display, leaves a notebook alone
 
-    figure = Figure(figsize=(15, 14), layout="constrained")
-    axes = figure.subplots(4, 3, height_ratios=(3, 3, 2, 2))
-    drawn = {}  # stage -> a line, for the one legend
+    histories, drawn = read_history(folders), {}  # stage -> a line, for the one legend
+    figure = Figure(figsize=(15, 17 if histories else 14), layout="constrained")
+    axes = figure.subplots(5 if histories else 4, 3, height_ratios=(3, 3, 2, 2, 2)[: 5 if histories else 4])
+
+    def curve(ax, stage, x, curves):
+        if at := list(zip(*curves)):  # as far as every seed has come
+            (drawn[stage],) = ax.plot(x[: len(at)], list(map(statistics.fmean, at)), color=COLOURS[stage], linewidth=2)
+            ax.fill_between(x[: len(at)], list(map(min, at)), list(map(max, at)), color=COLOURS[stage], alpha=0.2, linewidth=0)
+
+    def episodes(ax):
+        ax.secondary_xaxis("top", functions=(lambda x: x * batch_size, lambda x: x / batch_size)).set_xlabel("episodes")
+
     for ax, (key, stages, limits, unit, title) in zip(axes.flat, PANELS):
         for stage in stages:
             logs = [read(log, lines=True) for folder in folders if (log := folder / stage / "metrics.jsonl").exists()]
             window = len(logs[0]) // 20 if logs and stage not in RL else 0
+            x = range(1, max(map(len, logs), default=0) + 1)
+            if limits.get("xlabel") == TOKENS:
+                generated = [accumulate(line["tokens_decoded"] for line in log) for log in logs]
+                x = list(map(statistics.fmean, zip(*generated)))
             curves = [
                 [statistics.fmean(line[key] for line in log[max(0, i - window) : i + 1]) for i in range(len(log))]
                 for log in logs
             ]
-            at_update = list(zip(*curves))  # as far as every seed has come
-            if at_update:
-                x, low, high = range(1, len(at_update) + 1), list(map(min, at_update)), list(map(max, at_update))
-                if limits.get("xlabel") == TOKENS:
-                    generated = [accumulate(line["tokens_decoded"] for line in log) for log in logs]
-                    x = list(map(statistics.fmean, zip(*generated)))
-                (drawn[stage],) = ax.plot(x, list(map(statistics.fmean, at_update)), color=COLOURS[stage], linewidth=2)
-                ax.fill_between(x, low, high, color=COLOURS[stage], alpha=0.2, linewidth=0)
+            curve(ax, stage, x, curves)
         ax.set(**{"title": title, "xlabel": "update", "ylabel": unit, **limits})
         ax.grid(alpha=0.3)
         if stages == RL and "xlabel" not in limits:
-            ax.secondary_xaxis("top", functions=(lambda x: x * batch_size, lambda x: x / batch_size)).set_xlabel("episodes")
+            episodes(ax)
+    for ax, (key, unit, title) in zip(axes.flat[len(PANELS) :], HELD_OUT_PANELS):
+        for stage in RL:
+            found = [history[stage]["validation"] for history in histories if stage in history]
+            x = sorted(set.intersection(*map(set, found))) if found else []
+            curve(ax, stage, x, [[figures[update][key] for update in x] for figures in found])
+        ax.set(title=title, xlabel="update", ylabel=unit)
+        ax.grid(alpha=0.3)
+        episodes(ax)
     notes = [
         "DR-PO's rollouts may begin inside a reference response, PPO's begin at the bare prompt: in the upper three rows",
         "compare how curves move, not how high they are. The table in report.md has levels that can be compared.",
-        "Bottom row: running means over about a twentieth of the updates.",
+        "Fourth row: running means over about a twentieth of the updates.",
     ]
     if len(folders) > 1:
         notes[-1] += f" Lines: means over {len(folders)} seeds; bands: from the lowest seed to the highest."
