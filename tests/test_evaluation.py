@@ -124,6 +124,28 @@ def test_kl_is_an_unbiased_estimate_of_the_exact_one():
     assert abs(kl.mean().item() - exact) < 4 * error
 
 
+def test_another_runs_reward_model_can_be_the_judge(run, copy_of_run, one_line):
+    shutil.rmtree(copy_of_run / "rm")
+    drpo.main(["rm", "--run_dir", str(copy_of_run), "--rm_lr", "0.1", *SMALL])  # trained otherwise
+    s = drpo.parse(["eval", "--run_dir", str(run), *SMALL])[1]
+    rows = posts("validation")[:10]
+    prompts, a, b = [row["prompt"] for row in rows], ["a b"] * 10, ["e d c"] * 10
+
+    def verdicts(judge):
+        by = evaluation.yardsticks(drpo.dataclasses.replace(s, judge=judge))
+        return by.judge(prompts, a, b), by
+
+    (own, by), (same, _), (other, _) = map(verdicts, ["rm", f"rm:{run}", f"rm:{copy_of_run}"])
+    assert own == same
+    backbone, head = drpo.load_reward(f"{copy_of_run}/rm", s)
+    first, second = [
+        drpo.reference_scores(backbone, head, [{"prompt": prompt, "reference": text} for prompt in prompts], s, by.tokenizer)
+        for text in (a[0], b[0])
+    ]
+    assert other == ((first > second) + 0.5 * (first == second)).tolist()
+    assert "there is no reward model in nowhere/rm" in one_line(["eval", "--run_dir", run, *SMALL, "--judge", "rm:nowhere"])
+
+
 def test_rouge_is_the_librarys_and_comes_out_as_by_hand():
     """'the cats sat' against 'the cat sat down': 3 of 3 and of 4 words after stemming, 2 of 2 and of 3 pairs."""
     rows, texts = [{"reference": "the cat sat down"}], ["the cats sat"]

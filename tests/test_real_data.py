@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import drpo
+from tools import real_run
 
 DATA = Path(os.environ.get("DRPO_DATA", ""))
 pytestmark = [
@@ -78,3 +79,13 @@ def test_the_preset_runs_to_the_end_on_real_text(preset, lora_r, pythia, tmp_pat
     assert line["reset_share"] == 1.0 and line["tokens_forced"] > 0  # beta is 1 in both presets
     assert (run / "drpo" / "adapter").exists() == bool(lora_r)
     assert AutoModelForCausalLM.from_pretrained(run / "drpo").config.vocab_size == 50304  # [PAD] takes a spare row
+
+
+def test_the_two_halves_of_the_pairs_are_disjoint_and_hold_no_post_that_is_held_out():
+    first, second = real_run.first_half("train"), real_run.second_half("train")
+    texts = [{(row["prompt"], row["chosen"], row["rejected"]) for row in half} for half in (first, second)]
+    assert not texts[0] & texts[1] and len(first) == len(second) == 200 + real_run.HH
+    held_out = {row["prompt"].strip() for row in real_run.posts("validation")}
+    assert not held_out & {row["prompt"].strip() for row in [*first, *second, *real_run.posts("train")]}
+    unseen = [row["prompt"].strip() for row in real_run.first_half("validation") if row["batch"] == "tldr"]
+    assert len(unseen) == 100 and set(unseen) <= held_out
