@@ -812,7 +812,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
             new_logprobs[epoch][at], new_values[epoch][at] = part_logprobs.detach(), part_values.detach()
         summed(new_logprobs[epoch]), summed(new_values[epoch])
         drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
-        if epoch == 0 and not drift <= tolerance:
+        if epoch == 0 and drift > tolerance:  # not a number goes on to `step`, which keeps the batch
             stop(
                 f"{where}: before any step the policy differs from the one that was scored (ln ratio up to {drift:.1e}, "
                 f"should be 0): look for dropout, padding, masks, temperature",
