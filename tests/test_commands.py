@@ -138,7 +138,9 @@ def test_every_drpo_command_in_the_readme_and_the_header_is_understood():
     commands = [command.split("   ")[0].split() for command in commands if "STAGE" not in command]
     assert len(commands) > 6
     for words in commands:
-        stage, settings = drpo.parse([word.replace("$beta", "0.5") for word in words if word != "..."])
+        stage, settings = drpo.parse(
+            [word.replace("$beta", "0.5").replace("$stage", "drpo") for word in words if word != "..."]
+        )
         assert stage in [*drpo.STAGES, "eval", "all"] and settings.run_dir
 
 
