@@ -13,6 +13,7 @@ from tools import report
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
+    "dataset": "toy_env:gate",
     "preset": "tiny",
     "eval_samples": 600,
     "eval_temperature": 0.01,
