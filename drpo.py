@@ -68,12 +68,13 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
-from transformers.utils import logging as transformers_logging
 
 from tools import static_cache
 from tools.data import load_rows
 from tools.models import body_and_head, load_network, load_reward, load_tokenizer, save_network, scalar_head
-from tools.running import exchanged, join, refuse_if_changed, relevant, share, step, stop, summed, training, wait_for_all, world
+
+from tools.running import check_ranges, exchanged, join, precision, prepare, refuse_if_changed, relevant  # isort: skip
+from tools.running import share, step, stop, summed, training, wait_for_all, world  # isort: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Settings. A field's default is that of the paper's TL;DR run (Table 5); what the command line does not give comes from the
@@ -169,24 +170,10 @@ class Settings:
     others: list[str] = setting("eval", [], "more networks to compare: folders or Hub names, with the run's tokenizer")
 
     def __post_init__(self):
-        lowest = {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6}
-        highest = dict.fromkeys(("beta", "lam", "gamma", "cliprange", "lr", "sft_lr", "rm_lr", "dpo_lr"), 1)
-        for name, value in vars(self).items():
-            low, high = lowest.get(name, 0), highest.get(name, 1000000)
-            if type(value) is float and not low <= value <= high:
-                stop(f"--{name} {value}: must lie in [{low}, {high}]")
-            zero_is_fine = name in ("seed", "sft_steps", "rm_steps", "updates", "lora_r", "supervised_lora_r")
-            if type(value) is int and value < (not zero_is_fine):
-                stop(f"--{name} {value}: must be {'0 or more' if zero_is_fine else '1 or more'}")
-        if self.response_length < 2:
-            stop("--response_length 1: must be 2 or more, one token and its EOS")
         self.run_dir = self.run_dir or f"runs/{self.preset}" + "_seeds" * bool(self.seeds)
         if self.device == "auto":
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:  # the latter: a torch without CUDA
-            stop(f"--device {self.device}: {error}")
+        check_ranges(self)
 
 
 # fmt: off
@@ -978,9 +965,7 @@ def parse(argv):
 def main(argv=None):
     from tools import preflight, report
 
-    sys.path.append(os.getcwd())  # where a module:function may live
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # one bar per stage is enough
+    prepare()
     stage, s = parse(sys.argv[1:] if argv is None else argv)
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
     stages = [*STAGES, "eval"] if stage == "all" else [stage]
@@ -990,9 +975,7 @@ def main(argv=None):
             for one in runs:  # what is wrong is found before anything is trained
                 preflight.check(stages, one, held)
         wait_for_all()
-        held.enter_context(
-            torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
-        )
+        held.enter_context(precision(s))
         for one in runs:
             for name in stages:
                 run_stage(name, one)

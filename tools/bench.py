@@ -16,7 +16,7 @@ GPU, and what was resident at most on a CPU (Linux). The rates of matrix product
 up; MFU is the model's own FLOPs, without padding and without anything computed twice, against that rate of products.
 """
 
-import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -24,7 +24,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
@@ -36,10 +35,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, LogitsProcessorList
-from transformers.utils import logging as transformers_logging
 
 import drpo
-from tools import data, memory, report
+from tools import data, memory, report, running
 
 Shape = namedtuple("Shape", "layers width heads vocabulary")  # of a GPT-NeoX, whose MLP is four times as wide
 PYTHIA = {
@@ -606,22 +604,13 @@ def peers(iterations):
 
 
 def main(argv=None):
-    sys.path.append(os.getcwd())  # where a module:function may live
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = running.command("bench", __doc__)
     for flag in ("--random_weights", "--plan", "--peers"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--micro_batch")
     parser.add_argument("--lengths", metavar="FILE")
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.error = drpo.stop
     options, given = parser.parse_known_args(argv)
     if options.iterations is not None and options.iterations < 1:
         drpo.stop(f"--iterations {options.iterations}: must be 1 or more")
@@ -642,8 +631,7 @@ def main(argv=None):
     except OSError as error:
         drpo.stop(f"--json {options.json}: {error}")
     try:
-        device = torch.device(s.device).type
-        with torch.autocast(device, torch.bfloat16, enabled=s.dtype == "bfloat16" and not options.peers, cache_enabled=False):
+        with contextlib.nullcontext() if options.peers else running.precision(s):  # peers have settings of their own
             figures = (
                 print_plans(s)
                 if options.plan

@@ -11,18 +11,14 @@ function(prompt, response), such as toy_env:gold_score; never by the RM score, w
 history.jsonl holds a line per measurement; report.md gets a section, and the figure overoptimisation.png.
 """
 
-import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 import drpo
-from tools import checkpoint, data, evaluation, report, show
+from tools import checkpoint, data, evaluation, report, running, show
 
 
 def policy_at(path, s):
@@ -77,24 +73,15 @@ def measure(s, gold):
 
 
 def main(argv=None):
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.history",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = running.command("history", __doc__)
     parser.add_argument("run", type=Path, metavar="DIR", help="the folder of a finished run")
     parser.add_argument("--gold", default="", help="module:function (prompt, response) -> a score that was not optimised")
-    parser.error = drpo.stop
     options, given = parser.parse_known_args(argv)
-    sys.path.append(str(Path.cwd()))  # where a module:function may live
     s = drpo.parse(["eval", *show.recorded(options.run, given), *given])[1]
     gold = data.resolve(options.gold) if options.gold else None
     if options.gold and not gold:
         drpo.stop(f"--gold {options.gold}: must be module:function")
-    with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False):
+    with running.precision(s):
         lines = measure(s, gold)
     (options.run / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(report.write(options.run))

@@ -9,21 +9,18 @@ run with status 3; here the first is written down, and the run goes on, so that 
 notebooks/03_read_a_run.ipynb reads all this.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
-import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 import drpo
 from drpo import apply_head, pack, penalised_rewards, response_states, stop, twin  # as they are, whatever is planted
-from tools import report, show
+from tools import report, running, show
 
 
 def prompts_padded_on_the_right(*args, **kwargs):
@@ -81,25 +78,17 @@ def train(name, s):
         for stage in ("sft", "rm"):
             Path(folder, stage).symlink_to(Path(s.run_dir, stage).resolve())
         Path(folder, "drpo").mkdir()
-        drpo.train_drpo(dataclasses.replace(s, run_dir=folder))
+        with running.precision(s):
+            drpo.train_drpo(dataclasses.replace(s, run_dir=folder))
         log = report.read(Path(folder, "drpo", "metrics.jsonl"), lines=True)
     log = [{key: value for key, value in line.items() if not key.startswith(OF_THE_CLOCK)} for line in log]
     return log, said[0] if said else None
 
 
 def main(argv=None):
-    sys.path.append(str(Path.cwd()))  # where a module:function may live
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.planted",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = running.command("planted", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="the folder of a run that has sft/ and rm/")
     parser.add_argument("--out", type=Path, default=Path("results/planted"), help="where the metrics go (default: %(default)s)")
-    parser.error = drpo.stop
     options, given = parser.parse_known_args(argv)
     s = drpo.parse(["drpo", *show.recorded(options.run, given), "--updates=15", "--check_rollouts=True", *given])[1]
     options.out.mkdir(parents=True, exist_ok=True)

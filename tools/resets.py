@@ -6,16 +6,13 @@ RUN/resets.jsonl: a line for each of the first rollouts of DR-PO's first update,
 method of the run how it goes on ("continuation"), whether that ends ("eos"), and what the reward model says of it ("score").
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 import drpo
-from tools import report, show
+from tools import report, running, show
 
 
 @torch.no_grad()
@@ -39,23 +36,14 @@ def continued(s, count):
 
 
 def main(argv=None):
-    sys.path.append(str(Path.cwd()))  # where a module:function may live
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.resets",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = running.command("resets", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--rows", type=int, default=8, help="how many rollouts (default: %(default)s)")
-    parser.error = drpo.stop
     options, given = parser.parse_known_args(argv)
     s = drpo.parse(["eval", *show.recorded(options.run, given), *given])[1]
     if not 1 <= options.rows <= s.batch_size:
         drpo.stop(f"--rows {options.rows}: must lie in [1, {s.batch_size}], the rollouts of one update")
-    with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False):
+    with running.precision(s):
         lines = continued(s, options.rows)
     (options.run / "resets.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{options.run}/resets.jsonl: {len(lines)} rollouts")

@@ -1,6 +1,7 @@
-"""What every stage of drpo.py needs and a reader of the method need not see: how a run ends in one line, several processes,
+"""What every stage and command needs and a reader of the method need not see: how a run ends in one line, several processes,
 and the loop around the updates, with its learning rate, metrics and checkpoints. Imports nothing of drpo.py."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 from tools import checkpoint
 
@@ -33,6 +35,47 @@ def stop(message, status=2):
     """One line on stderr, and the end. Status 2: the person at the keyboard can mend it; 3: this run must not go on."""
     tqdm.write(f"drpo.py: {' '.join(str(message).split())}", file=sys.stderr)  # on a line of its own, also below a bar
     raise SystemExit(status)
+
+
+def prepare():
+    """What every command begins with: a module:function of the current folder can be named, and one bar per stage is enough."""
+    sys.path.append(os.getcwd())
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def command(name, doc):
+    """`prepare`, and a parser for `python -m tools.NAME`; what it does not know is left for drpo.parse."""
+    prepare()
+    how = {"description": doc, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog=f"python -m tools.{name}", **how)
+    parser.error = stop
+    return parser
+
+
+def precision(s):
+    """The context of everything that is done with networks: matrix products are in s.dtype."""
+    kind = torch.device(s.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
+
+
+def check_ranges(s):
+    """Stops at the first number among the settings that means nothing, before anything is begun."""
+    lowest = {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6}
+    highest = dict.fromkeys(("beta", "lam", "gamma", "cliprange", "lr", "sft_lr", "rm_lr", "dpo_lr"), 1)
+    for name, value in vars(s).items():
+        low, high = lowest.get(name, 0), highest.get(name, 1000000)
+        if type(value) is float and not low <= value <= high:
+            stop(f"--{name} {value}: must lie in [{low}, {high}]")
+        least = 0 if name in ("seed", "sft_steps", "rm_steps", "updates", "lora_r", "supervised_lora_r") else 1
+        if type(value) is int and value < least:
+            stop(f"--{name} {value}: must be {least} or more")
+    if s.response_length < 2:
+        stop("--response_length 1: must be 2 or more, one token and its EOS")
+    try:
+        torch.empty(0, device=s.device)
+    except (RuntimeError, AssertionError) as error:  # the latter: a torch without CUDA
+        stop(f"--device {s.device}: {error}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@
 The settings of a run are read from its folder. All is done by the functions of drpo.py: what is wrong there shows here.
 """
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -22,10 +21,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 import drpo
-from tools import checkpoint, report
+from tools import checkpoint, report, running
 
 # Prefix and sampled tokens in the colours of the README's drawing: blue is a person's, yellow the policy's
 PAINT = {"prompt": "2", "reset prefix": "1;34", "sampled": "33", "EOS": "1;32", "pad": "2"}
@@ -298,19 +296,10 @@ def recorded(run, given):
 
 
 def main(argv=None):
-    sys.path.append(os.getcwd())  # where a module:function may live
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.show",
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = running.command("show", __doc__)
     parser.add_argument("--run", "--run_dir", type=Path, help="the folder of a run; without it, rows of the data are shown")
     parser.add_argument("--rows", type=int, default=2, help="how many of each to show")
     parser.add_argument("--sample", type=int, help="which row of samples.jsonl, from 0; with --run")
-    parser.error = drpo.stop
     options, given = parser.parse_known_args(argv)
     s = drpo.parse(["all", *(recorded(options.run, given) if options.run else []), *given])[1]
     if options.sample is not None and not options.run:
@@ -318,7 +307,7 @@ def main(argv=None):
     most = s.batch_size if options.run else min(s.sft_batch_size, s.rm_batch_size)
     if not 1 <= options.rows <= most:
         drpo.stop(f"--rows {options.rows}: must lie in [1, {most}], the rows of one update")
-    with torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False):
+    with running.precision(s):
         if options.sample is None:
             (show_rollouts if options.run else show_rows)(s, options.rows)
         else:
