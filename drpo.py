@@ -72,6 +72,7 @@ from transformers import AutoModelForSequenceClassification, HfArgumentParser
 from tools import static_cache
 from tools.data import load_rows
 from tools.models import body_and_head, load_network, load_reward, load_tokenizer, save_network, scalar_head
+from tools.token_logprobs import token_logprobs
 
 from tools.running import check_ranges, exchanged, join, precision, prepare, refuse_if_changed, relevant  # isort: skip
 from tools.running import share, step, stop, summed, training, wait_for_all, world  # isort: skip
@@ -92,9 +93,7 @@ class Settings:
     preset: Literal["tiny", "tldr", "hh", "cnndm"] = setting("run", "tiny", "which set of defaults")
     run_dir: str = setting("run", "", "where everything is written; empty: runs/PRESET, with --seeds runs/PRESET_seeds")
     seeds: list[int] = setting("run", [], "repeat with each of these seeds in RUN_DIR/seed_K, then tabulate mean and range")
-    micro_batch: int = setting(
-        "run", 8, "rows per pass (rollouts: 4 times as many): memory and speed; results change by rounding"
-    )
+    micro_batch: int = setting("run", 8, "rows per pass (4 times as many in rollouts): memory and speed; only rounding differs")
     checkpoint_activations: bool = setting("run", False, "memory for time: layers are computed anew in the backward pass")
     static_cache: bool = setting("run", False, "decode into a cache of fixed size; on a GPU a step is then one CUDA graph")
     check_rollouts: bool = setting("run", False, "to debug: hold every token drawn against a plain forward pass")
@@ -116,9 +115,7 @@ class Settings:
         "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144",
         "preference pairs, from the same kinds of places",
     )
-    dtype: Literal["bfloat16", "float32"] = setting(
-        "data", "bfloat16", "of matrix products and frozen networks; all else is float32"
-    )
+    dtype: Literal["bfloat16", "float32"] = setting("data", "bfloat16", "of products and frozen networks; all else is float32")
     query_length: int = setting("data", 512, "tokens of a prompt; a longer post is cut at its last newlines")
     response_length: int = setting("data", 53, "tokens of a response with its EOS, in SFT and rollouts")
     preference_length: int = setting("data", 169, "tokens of a response with its EOS in a preference pair")
@@ -139,9 +136,7 @@ class Settings:
     batch_size: int = setting("rl", 512, "rollouts per update of drpo and ppo")
     lr: float = setting("rl", 3e-6, "learning rate of policy and critic, linear to 0; too high and both collapse at once")
     beta: float = setting("rl", 1.0, "probability that a rollout starts from a reset; 0 is PPO, the paper runs 1")
-    reset_to: Literal["reference", "chosen"] = setting(
-        "rl", "reference", "along the SFT reference, or a pair's chosen response"
-    )
+    reset_to: Literal["reference", "chosen"] = setting("rl", "reference", "along SFT's reference, or a pair's chosen response")
     reset_include_prompt: bool = setting("rl", False, "prefixes of 0..n tokens, not 1..n: Alg. 3; see Differences, 2")
     masking: Literal["sampled", "official"] = setting("rl", "sampled", "what losses and statistics see; see Differences, 1")
     temperature: float = setting("rl", 0.7, "of rollouts and of every log-probability; below 1 it sharpens the policy")
@@ -160,9 +155,7 @@ class Settings:
     dpo_batch_size: int = setting("dpo", 64, "pairs per update of DPO")
 
     eval_samples: int = setting("eval", 600, "held-out prompts on which the methods are compared")
-    eval_split: str = setting(
-        "eval", "", "of this held-out split of the dataset, such as test; empty: validation, if there is one"
-    )
+    eval_split: str = setting("eval", "", "the held-out split that they are from, such as test; empty: validation, if any")
     eval_temperature: float = setting("eval", 0.01, "sampling temperature of the evaluation; 0.01 is all but greedy")
     judge: str = setting("eval", "rm", "rm (the run's own: not independent!), rm:RUN_DIR, module:function or api:MODEL")
     both_orders: bool = setting("eval", False, "an API judge sees each pair twice, either text first; disagreement is a tie")
@@ -193,7 +186,6 @@ PRESETS = {
 # fmt: on
 REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000  # rows that the reward bias and the accuracy are measured on, at most
 PHASES = ("rollout", "score", "update")  # of one update of drpo and ppo, timed apart
-LOGITS_AT_ONCE = 2**23  # how many logits exist at a time: 32 MB of float32
 
 
 def generator(seed, *key):
@@ -321,63 +313,9 @@ def inputs(batch):
     }
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """States (N, d), the head's weight (V, d) and bias (V,) or None, tokens (N,) -> ln pi(token | state) and the entropy of
-    pi(. | state), (N,) float32 each; no gradient flows through the entropy.
-
-    Logits exist for a few rows at a time, in one buffer that the softmax overwrites: no (N, V) is held, neither now nor for
-    backward. What backward needs is one vector a token, d ln pi_a / d state = (W_a - sum_v pi_v W_v) / temperature, taken
-    while pi is at hand; the entropy follows from it, as -sum_v pi_v ln pi_v = (logit_a - sum_v pi_v logit_v) - ln pi_a."""
-
-    @staticmethod
-    def forward(ctx, states, weight, bias, tokens, temperature):
-        device, (N, V) = states.device, (len(states), len(weight))
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-        h, W, size = (states / temperature).to(dtype), weight.to(dtype), max(1, LOGITS_AT_ONCE // V)
-        buffer = torch.empty(min(size, N), V, device=device)
-        products = buffer if dtype == torch.float32 else torch.empty_like(buffer, dtype=dtype)
-        logprobs, entropy, slope = *torch.zeros(2, N, device=device), torch.empty_like(states)
-        for rows in [slice(i, i + size) for i in range(0, N, size)]:
-            n = len(h[rows])
-            logits = buffer[:n].copy_(torch.mm(h[rows], W.T, out=products[:n]))
-            if bias is not None:
-                logits.add_(bias / temperature)
-            of_token, top = logits.gather(1, tokens[rows, None])[:, 0], logits.amax(1)
-            pi = torch.softmax(logits, 1, out=logits)
-            logprobs[rows] = of_token - top + pi.amax(1).log()  # the largest pi is exp(0) / sum exp(logits - top)
-            slope[rows] = (W[tokens[rows]] - pi.to(dtype) @ W) / temperature
-            if bias is not None:
-                entropy[rows] = (bias[tokens[rows]] - pi @ bias.float()) / temperature
-        entropy += (states * slope).sum(1) - logprobs
-        ctx.save_for_backward(slope, states, weight, bias, tokens)
-        ctx.size, ctx.dtype, ctx.temperature = size, dtype, temperature
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        slope, states, weight, bias, tokens = ctx.saved_tensors
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:  # a head that is trained: pi once more
-            h, grad_weight, grad_bias = states.to(ctx.dtype), torch.zeros_like(weight), torch.zeros_like(weight[:, 0])
-            for rows in [slice(i, i + ctx.size) for i in range(0, len(states), ctx.size)]:
-                logits = F.linear(h[rows], weight.to(ctx.dtype)).float() + (0.0 if bias is None else bias)
-                scaled = grad[rows, None] / ctx.temperature
-                grad_logits = -scaled * (logits / ctx.temperature).softmax(1)
-                grad_logits.scatter_add_(1, tokens[rows, None], scaled)
-                grad_weight += grad_logits.to(ctx.dtype).T @ h[rows]
-                grad_bias += grad_logits.sum(0)
-        return grad[:, None] * slope, grad_weight, None if bias is None else grad_bias, None, None
-
-
-def token_logprobs(head, states, tokens, temperature=1.0):
-    """ln pi(token | state) and the entropy, (N,) float32 each, from a linear head, states (N, d) and tokens (N,)."""
-    return TokenLogprobs.apply(states, head.weight, head.bias, tokens, temperature)
-
-
 def response_logprobs(network, batch, temperature=1.0, mask=None):
-    """-> log pi(a_t | s_t) and the entropy of pi(. | s_t), (B, T) float32 each, at the given temperature. Only where the mask
-    (B, T) is 1 are they computed; they are 0 elsewhere. Without a mask: on the whole response."""
+    """-> ln pi(a_t | s_t) and the entropy of pi(. | s_t), (B, T) float32 each, at the given temperature: a log-softmax of the
+    head's logits, of which only a few rows exist at a time. 0 where the mask (B, T) is 0; without one: the whole response."""
     mask, (body, head) = response_mask(batch) if mask is None else mask, body_and_head(network)
     states, zeros = response_states(body, batch)[:, :-1][mask], torch.zeros(mask.shape, device=mask.device)
     return [zeros.masked_scatter(mask, x) for x in token_logprobs(head, states, batch["response"][mask], temperature)]
@@ -530,9 +468,9 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     """Alg. 1, line 4: reset to query + prefix, then let the policy finish.
 
     The prefix is fed with the query, so only what is left is decoded. Token t of row i is the inverse of the policy's
-    cumulative distribution at uniforms[i, t]: of the softmax that is scored later; but for rounding the same token whatever rows
-    are decoded beside it. Rows with about as much left to decode go together, and leave when they have ended; four times as
-    many as in a micro-batch, since nothing is kept for backward.
+    cumulative distribution at uniforms[i, t]: of the softmax that is scored later; but for rounding the same token whatever
+    rows are decoded beside it. Rows with about as much left to decode go together, and leave when they have ended; four times
+    as many as in a micro-batch, since nothing is kept for backward.
     queries, prefixes: B lists of ids; uniforms (B, T) in [0, 1) -> responses, B lists of at most T ids, EOS included."""
     T, responses = uniforms.shape[1], [list(prefix) for prefix in prefixes]
     order = sorted(range(len(queries)), key=lambda row: -len(prefixes[row]))

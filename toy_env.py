@@ -48,6 +48,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -204,11 +205,14 @@ def summing(data, A):
     return lambda table: torch.zeros(len(data.lengths)).index_add(0, rows, table.flatten().index_select(0, cells))
 
 
-def label(lock, data, generator, temperature=0.1):
+TEMPERATURE = 0.1  # of the labels' Bradley-Terry; with it, too, the fitted reward is in units of the true one
+
+
+def label(lock, data, generator):
     """Which of each pair is preferred, by Bradley-Terry on the true returns. -> (N / 2, 2) long: (chosen, rejected), as rows of
     the data."""
     pair = summing(data, lock.reward.shape[2])(lock.reward).view(-1, 2)
-    first_wins = torch.rand(len(pair), generator=generator) < torch.sigmoid((pair[:, 0] - pair[:, 1]) / temperature)
+    first_wins = torch.rand(len(pair), generator=generator) < torch.sigmoid((pair[:, 0] - pair[:, 1]) / TEMPERATURE)
     chosen = 2 * torch.arange(len(pair)) + (~first_wins).long()
     return torch.stack([chosen, chosen ^ 1], 1)
 
@@ -221,8 +225,8 @@ def clone(data, A):
     return counts / counts.sum(-1, keepdim=True)
 
 
-def fit_reward(data, pairs, A, temperature=0.1, l2=1.0):
-    """Alg. 1, line 1: Eq. (1) with a table. r(trajectory) / temperature is the logit of Bradley-Terry; an L2 penalty on it (a
+def fit_reward(data, pairs, A, l2=1.0):
+    """Alg. 1, line 1: Eq. (1) with a table. r(trajectory) / TEMPERATURE is the logit of Bradley-Terry; an L2 penalty on it (a
     standard normal prior) settles what pairs leave open. Convex; by L-BFGS. -> (H, 3, A), in units of the true reward."""
     logits, sums = torch.zeros(data.states.shape[1], 3, A, requires_grad=True), summing(data, A)
     optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_change=1e-9, line_search_fn="strong_wolfe")
@@ -235,7 +239,7 @@ def fit_reward(data, pairs, A, temperature=0.1, l2=1.0):
         return loss
 
     optimizer.step(objective)
-    return temperature * logits.detach()
+    return TEMPERATURE * logits.detach()
 
 
 def draw_resets(data, batch, beta, generator):
@@ -261,7 +265,7 @@ def ppo(
     cliprange=0.5,
     lam=0.95,
 ):
-    """Algorithm 1 with PPO as its policy optimiser, the loop of `train_drpo` on tables; PPO itself is beta = 0.
+    """Algorithm 1 with PPO as its policy optimiser, `drpo_update` again and again, on tables; PPO itself is beta = 0.
 
     The entropy bonus is entropy / H a step: in units of the reward, as much at every H. Advantages stay in these units unless
     `whiten`: with few resets in a batch hardly any advantage differs from 0, and whitening would blow up the noise.
@@ -274,6 +278,7 @@ def ppo(
     resets, rng = generator(seed, "resets"), generator(seed, "rollouts")
     while True:
         with torch.no_grad():
+            # Alg. 1, line 3
             rows, reset_len = draw_resets(data, batch, beta, resets)
             # Line 4
             policy = logits.softmax(-1)
@@ -323,7 +328,7 @@ def npg(lock, data, sft, reward, seed, batch=1024, eta=50.0, lam=1e-4):
     log_policy, q, resets, rng = sft.log(), torch.zeros(H * 3 * A), generator(seed, "resets"), generator(seed, "rollouts")
     while True:
         rows, reset_len = draw_resets(data, batch, 1.0, resets)
-        policy, at = log_policy.exp(), (reset_len, data.states[rows, reset_len])
+        policy, at = log_policy.exp(), (reset_len, data.states[rows, reset_len])  # layer and state of each reset
         first_action = torch.multinomial((sft[at] + policy[at]) / 2, 1, generator=rng)[:, 0]
         states, actions = rollout(lock, policy, reset_len, rng, data.states[rows], data.actions[rows], first_action)
         mask = (states != END) & (torch.arange(states.shape[1]) >= reset_len[:, None])
@@ -442,18 +447,8 @@ def execute(run):
     if run.method == "npg":
         updates = npg(lock, resets, sft, reward, run.seed, run.batch)
     else:
-        updates = ppo(
-            lock,
-            resets,
-            sft,
-            reward,
-            run.seed,
-            0.0 if run.method == "ppo" else run.beta,
-            run.kl_coef,
-            run.entropy,
-            run.whiten,
-            run.batch,
-        )
+        beta = 0.0 if run.method == "ppo" else run.beta
+        updates = ppo(lock, resets, sft, reward, run.seed, beta, run.kl_coef, run.entropy, run.whiten, run.batch)
     values, visits, steps, cost, start = [], [], 0, None, time.process_time()
     result |= {"episodes_to_solve": None, "steps_to_solve": None}
     for update in range(1, run.budget // run.batch + 1):
@@ -474,7 +469,7 @@ def execute(run):
 
 
 def plan(mode):
-    """The runs of a mode, the longest first. The seeds of `tune` are not reported on, and those reported on were not tuned on."""
+    """The runs of a mode, the longest first. The seeds of `tune` are not reported on; those reported on were not tuned on."""
     if mode == "tune":  # PPO for itself
         return [
             Run("ppo", 20, seed, batch=batch, kl_coef=kl_coef, entropy=entropy, whiten=whiten)
@@ -517,8 +512,8 @@ def plan(mode):
                 Run("drpo", 20, seed, 300_000, beta=beta, kl_coef=kl_coef)
                 for beta in HEAT_BETAS
                 for kl_coef in HEAT_KLS
-                if kl_coef != 0.001
-            ]  # those are in the sweep over beta
+                if kl_coef != 0.001  # those are in the sweep over beta
+            ]
     return sorted(set(runs), key=lambda run: (-run.H, run.seed, run.c, run.plain, run.pairs, str(run)))  # problem by problem
 
 
@@ -541,7 +536,7 @@ def carry_out(runs, out, jobs):
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, "a"))
         file.write("\n" if text and not text.endswith("\n") else "")
-        if jobs > 1:
+        if min(jobs, len(missing)) > 1:
             pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)))
             results = pool.imap_unordered(execute, missing)
         else:
@@ -588,6 +583,7 @@ def main(argv=None):
         default=Path("runs/toy"),
         help="folder for results.json, claims.md and toy.png (default: %(default)s)",
     )
+    parser.error = lambda message: parser.exit(2, f"toy_env.py: {message}\n")
     args = parser.parse_args(argv)
     mode = next((mode for mode in ("quick", "full", "tune") if getattr(args, mode)), "default")
     try:
@@ -665,12 +661,14 @@ def write_post(rng):
 
 
 def read_facts(prompt):
-    """The clauses of `write_post`, read off the prompt."""
+    """The clauses of `write_post`, read off the prompt. Raises ValueError on any other post."""
     post = prompt.partition("POST:")[2]
-    deed = re.search(rf"my (?:{'|'.join(PEOPLE)}) (?:{'|'.join(DEEDS)}) our (?:{'|'.join(THINGS)}) \.", post)[0]
-    feeling = re.search(rf"i (?:really )?feel ({'|'.join(FEELINGS)})", post)[1]
-    wish = re.search(rf"want (?:is )?({'|'.join(WISHES)})", post)[1]
-    return [deed, f"i feel {feeling} .", f"i want {wish} ."]
+    deed = re.search(rf"my (?:{'|'.join(PEOPLE)}) (?:{'|'.join(DEEDS)}) our (?:{'|'.join(THINGS)}) \.", post)
+    feeling = re.search(rf"i (?:really )?feel ({'|'.join(FEELINGS)})", post)
+    wish = re.search(rf"want (?:is )?({'|'.join(WISHES)})", post)
+    if not (deed and feeling and wish):
+        raise ValueError("this is no post of toy_env.py, and others have no gold score: name another judge, such as rm")
+    return [deed[0], f"i feel {feeling[1]} .", f"i want {wish[1]} ."]
 
 
 def careful(rng, facts):
@@ -761,7 +759,7 @@ def gate_pairs(split="train", seed=0, temperature=0.5):
         if a == b:
             continue
         gap = (gold_score(prompt, a) - gold_score(prompt, b)) / temperature
-        first_wins = rng.random() < 1 / (1 + 2.718281828459045**-gap)
+        first_wins = rng.random() < 1 / (1 + math.e**-gap)
         rows.append({"prompt": prompt, "chosen": a if first_wins else b, "rejected": b if first_wins else a})
     return rows
 

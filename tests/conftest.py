@@ -21,7 +21,7 @@ def one_thread():
 
 @pytest.fixture
 def one_line(capsys):
-    """one_line(argv) -> what `drpo.py` says on stderr before it ends with status 2: one line, for the person who can mend it."""
+    """one_line(argv) -> what `drpo.py` says on stderr before it ends with status 2: one line, for who can mend it."""
     import drpo
 
     def ends(argv):

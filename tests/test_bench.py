@@ -164,8 +164,8 @@ def test_with_checkpointing_the_inputs_of_layers_and_one_layer_are_planned(lora_
 
 
 def test_pythia_2_8b_at_the_papers_rank_by_hand():
-    """Two bfloat16 networks of 2,775,208,960 and 2,646,430,720 parameters, the head over the vocabulary once; 335,544,320 weights
-    of adapters in each, 16 bytes apiece with gradient and AdamW; two heads of 2,561; 8 bytes of AdamW a weight of one."""
+    """Two bfloat16 networks of 2,775,208,960 and 2,646,430,720 parameters, the head over the vocabulary once; 335,544,320
+    weights of adapters in each, 16 bytes apiece with gradient and AdamW; two heads of 2,561; 8 bytes of AdamW per weight."""
     part = bench.plan(bench.PYTHIA["2.8b"], 1024, 4, 512, 53)
     assert part["networks"] == 2 * (2775208960 + 2646430720) + 2 * 4 * 2561
     assert part["adapters"] == 4 * 2 * 335544320

@@ -1,7 +1,7 @@
 """Data: every layout that TL;DR and HH data comes in, what is dropped, how texts become tokens, and what bad input is told.
 
-Rows are made up here, with exactly the columns of the datasets on the Hub. The last tests read real posts and dialogues from the
-folder named by the environment variable DRPO_DATA, and say only numbers about them."""
+Rows are made up here, with exactly the columns of the datasets on the Hub. The last tests read real posts and dialogues from
+the folder named by the environment variable DRPO_DATA, and say only numbers about them."""
 
 import dataclasses
 import gzip
@@ -139,7 +139,7 @@ def preprocessed_comparison(i):
 
 
 def older_comparison(i):
-    """cleanrl/summarize_from_feedback_oai_preprocessing_1704578687 and its like: response0 and response1 instead of chosen and rejected"""
+    """cleanrl/summarize_from_feedback_oai_preprocessing_1704578687 and its like: response0, response1, not chosen, rejected"""
     return (
         comparison(i)
         | {
@@ -546,6 +546,8 @@ def shelf(tmp_path_factory):
     shutil.copytree(shelf / "run" / "sft", shelf / "twice" / "rm")
     shutil.copytree(shelf / "run" / "sft", shelf / "unfinished" / "sft")
     (shelf / "unfinished" / "sft" / "result.json").unlink()
+    (shelf / "cut" / "sft").mkdir(parents=True)
+    (shelf / "cut" / "sft" / "result.json").write_text('{"seconds": 1')  # by a full disk
     (shelf / "no_eos.json").write_text(no_eos_tokenizer().backend_tokenizer.to_str().replace(EOS, "[END]"))
     return shelf
 
@@ -565,6 +567,7 @@ BAD = {  # command -> words of its one line
     "sft --preset tldr --preset nope": ["--preset", "nope"],
     "sft --beta 1.5": ["--beta", "1.5"],
     "sft --beta -0.1": ["--beta", "-0.1"],
+    "sft --seeds 3 4 3": ["--seeds 3 4 3", "twice"],
     "sft --updates -3": ["--updates", "-3"],
     "sft --updates 1.5": ["--updates", "1.5"],
     "sft --batch_size 0": ["--batch_size", "0"],
@@ -631,6 +634,7 @@ BAD = {  # command -> words of its one line
         "not a reward model",
     ],
     f"sft --run_dir {{shelf}}/run {SMALL} --sft_lr 0.5": ["run/sft", "sft_lr was 0.003, is 0.5", "--run_dir"],
+    f"sft --run_dir {{shelf}}/cut {SMALL}": ["cut/sft/result.json", "cannot be read"],
     f"sft --run_dir {{shelf}}/unfinished {SMALL} --sft_lr 0.5": ["unfinished/sft", "sft_lr was 0.003, is 0.5"],
 }
 

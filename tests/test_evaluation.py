@@ -1,4 +1,4 @@
-"""tools/evaluation.py, tools/history.py and tools/show.py --sample on a tiny run; measurements against what can be worked out."""
+"""tools/evaluation.py, tools/history.py and tools/show.py --sample on a tiny run, against what can be worked out."""
 
 import itertools
 import json

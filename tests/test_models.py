@@ -379,7 +379,7 @@ def test_a_model_whose_logits_are_not_a_linear_map_of_its_states_is_refused(caps
 @pytest.mark.parametrize("logits_at_once", [1, 3 * 7, 1000])  # a row at a time, three rows, all eleven
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 7, dtype=torch.float32)])
 def test_token_logprobs_and_their_gradients_are_those_of_a_log_softmax(monkeypatch, logits_at_once, bias):
-    monkeypatch.setattr(drpo, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr("tools.token_logprobs.LOGITS_AT_ONCE", logits_at_once)
     rng = torch.Generator().manual_seed(0)
     states, weight, direction = [torch.randn(*shape, generator=rng) for shape in ((11, 5), (7, 5), (11,))]
     tokens, results = torch.randint(7, (11,), generator=rng), []
@@ -417,7 +417,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_scoring_and_its_gradient_hold_logits_of_a_few_rows_only(monkeypatch):
     """Six rows of seven steps have 6 * 7 * 64 = 2,688 logits; 4 rows at a time, in two buffers, are 512."""
-    monkeypatch.setattr(drpo, "LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr("tools.token_logprobs.LOGITS_AT_ONCE", 4 * VOCABULARY)
     network, (_, _, batch) = gpt_neox(), ragged()
     states = drpo.response_states(network.base_model, batch).detach().requires_grad_()
     leaf = SimpleNamespace(

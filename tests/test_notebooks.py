@@ -1,4 +1,4 @@
-"""The notebooks: what is committed was run, and runs again to the same figures. The mistakes of tools/planted.py: they are real."""
+"""The notebooks: what is committed was run, and runs again to the same figures. tools/planted.py: the mistakes are real."""
 
 import json
 import re

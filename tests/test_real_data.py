@@ -1,4 +1,4 @@
-"""The tldr and hh presets to the end on real posts, pairs and dialogues, with the real Pythia tokenizer and a small random Pythia.
+"""The tldr and hh presets to the end on real posts, pairs and dialogues, with the real tokenizer and a small random Pythia.
 
 Needs the folder DRPO_DATA: tldr_train.jsonl, tldr_validation.jsonl, tldr_preferences.jsonl, hh_helpful.jsonl.gz and
 pythia_tokenizer.json."""
@@ -49,7 +49,7 @@ def test_the_preset_runs_to_the_end_on_real_text(preset, lora_r, pythia, tmp_pat
     else:
         sources = ["--dataset", DATA / "hh_helpful.jsonl.gz", "--preference_dataset", DATA / "hh_helpful.jsonl.gz"]
     run = tmp_path / "run"
-    sizes = "--sft_steps 1 --rm_steps 1 --updates 1 --sft_batch_size 4 --rm_batch_size 4 --dpo_batch_size 4 --batch_size 4 --eval_samples 4"
+    sizes = "--sft_steps 1 --rm_steps 1 --updates 1 --sft_batch_size 4 --rm_batch_size 4 --dpo_batch_size 4"
     drpo.main(
         [
             "all",
@@ -71,6 +71,7 @@ def test_the_preset_runs_to_the_end_on_real_text(preset, lora_r, pythia, tmp_pat
             "--query_length",
             "256",
             *sizes.split(),
+            *"--batch_size 4 --eval_samples 4".split(),
         ]
     )
     report = json.loads((run / "report.json").read_text())

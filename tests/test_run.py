@@ -18,6 +18,14 @@ from tools import checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def half_a_judge(prompts, a, b):
+    return [1.0 for _ in prompts[::2]][1:]
+
+
+def other_posts():
+    return [{"prompt": f"post {i}", "reference": "summary"} for i in range(10)]
+
+
 @pytest.mark.parametrize(
     "flag, value, named",
     [
@@ -28,6 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
         ("--preference_dataset", "toy_env:gate", "chosen"),
         ("--preference_dataset", "nowhere.jsonl", "nowhere.jsonl"),
         ("--preference_length", 250, "has room for"),
+        ("--judge", "test_run:half_a_judge", "0 verdicts on 1 pairs"),
+        ("--dataset", "test_run:other_posts", "no post of toy_env.py"),  # which its gold judge, the default, cannot judge
+        ("--others", "nowhere/to/be/found", "nowhere/to/be/found"),
     ],
 )
 def test_what_is_wrong_in_a_later_stage_is_found_before_the_first_one_trains(

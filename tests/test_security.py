@@ -1,4 +1,4 @@
-"""What comes from outside is data: no code of a model folder runs, no pickle is opened, and old results go only when one agrees."""
+"""What comes from outside is data: no code of a model folder runs, no pickle is opened, old results go only when one agrees."""
 
 import io
 import json
@@ -89,6 +89,7 @@ def finished(tmp_path):
         (tmp_path / "run" / name).mkdir()
     (tmp_path / "run" / "verdicts.jsonl").write_text("{}\n")
     (tmp_path / "run" / "eval.json").write_text("{}\n")
+    (tmp_path / "run" / "resets.jsonl").write_text("{}\n")
     return tmp_path / "run"
 
 
@@ -104,7 +105,7 @@ def test_fresh_starts_over_and_takes_with_it_what_was_built_on_it_but_not_what_w
     monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n"))
     drpo.main(["sft", *SMALL, "--sft_lr", "0.1", "--fresh", "--run_dir", str(finished)])
     said = capsys.readouterr().out
-    assert f"--fresh deletes {finished}/sft, {finished}/dpo, {finished}/eval.json." in said
+    assert f"--fresh deletes {finished}/sft, {finished}/dpo, {finished}/eval.json, {finished}/resets.jsonl." in said
     assert json.loads((finished / "sft" / "result.json").read_text())["settings"]["sft_lr"] == 0.1
     assert not (finished / "dpo").exists() and (finished / "other").exists() and (finished / "verdicts.jsonl").exists()
 

@@ -1,5 +1,5 @@
-"""tools/show.py: what it prints is what drpo.py does. Tables are read back from the output and compared with what the stages of a
-tiny run really fed to the networks and computed."""
+"""tools/show.py: what it prints is what drpo.py does. Tables are read back from the output and compared with what the stages of
+a tiny run really fed to the networks and computed."""
 
 import json
 import os

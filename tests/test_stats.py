@@ -21,7 +21,7 @@ def test_t_quantiles():
 
 
 def test_wilson_interval_stays_inside_zero_and_one():
-    """At 0 of 10 the upper end is z^2 / (n + z^2); a half counts as half a hit; many hits come close to p +- z sqrt(p q / n)."""
+    """At 0 of 10 the upper end is z^2 / (n + z^2); a half counts as half a hit; many hits: near p +- z sqrt(p q / n)."""
     assert stats.wilson(0, 10) == pytest.approx([0, 1.96**2 / (10 + 1.96**2)])
     assert stats.wilson(10, 10)[1] == pytest.approx(1) and stats.wilson(4.5, 10)[0] < 0.45
     assert stats.wilson(5000, 10000) == pytest.approx([0.5 - 0.0098, 0.5 + 0.0098], abs=1e-5)

@@ -189,8 +189,8 @@ def test_steps_of_the_prefix_change_neither_policy_nor_critic(small, monkeypatch
 
 
 def test_the_step_of_ppo_at_ratio_one_is_the_policy_gradient(small):
-    """lambda = 1 and no baseline: the gradient of the loss, times the steps per episode, is minus the gradient of the exact value
-    but for the noise of the episodes. The exact one by differentiating the dynamic programme."""
+    """lambda = 1 and no baseline: the gradient of the loss, times the steps per episode, is minus the gradient of the exact
+    value but for the noise of the episodes. The exact one by differentiating the dynamic programme."""
     lock, policy = small[0], random_policy((6, 3, 4), seed=1)
     logits = policy.log().requires_grad_()
     (exact,) = torch.autograd.grad(differentiable_value(lock, logits.softmax(-1)), logits)

@@ -37,7 +37,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, LogitsProcessorList
 
 import drpo
-from tools import data, memory, report, running
+from tools import data, memory, report, running, token_logprobs
 
 Shape = namedtuple("Shape", "layers width heads vocabulary")  # of a GPT-NeoX, whose MLP is four times as wide
 PYTHIA = {
@@ -111,23 +111,16 @@ def plan(shape, lora_r, micro_batch, query, response, dtype="bfloat16", checkpoi
     # At prefill also a layer's intermediates, 16 wide; the cache of the layer that grows; logits, softmax and its sums. In
     # backward the gradients in a layer's MLP, 8 wide, and buffers for logits. In the step AdamW's denominators
     part["rollout"] = standing + part["cache"] * (L + 1) // L + rows * (tokens * 16 * d * e + 4 * 4 * V)
-    backward = part["activations"] + micro_batch * tokens * 8 * d * e + (4 + 4 * (dtype == "bfloat16")) * drpo.LOGITS_AT_ONCE
+    buffers = (4 + 4 * (dtype == "bfloat16")) * token_logprobs.LOGITS_AT_ONCE
+    backward = part["activations"] + micro_batch * tokens * 8 * d * e + buffers
     part["update"] = standing + part["gradients"] + max(backward, part["gradients"])
     return part | {"peak": max(part["rollout"], part["update"])}
 
 
 def planned(shape, s):
     """The plan of these settings."""
-    return plan(
-        shape,
-        s.lora_r,
-        s.micro_batch,
-        s.query_length,
-        s.response_length,
-        s.dtype,
-        s.checkpoint_activations,
-        s.device.startswith("cuda"),
-    )
+    cuda = s.device.startswith("cuda")
+    return plan(shape, s.lora_r, s.micro_batch, s.query_length, s.response_length, s.dtype, s.checkpoint_activations, cuda)
 
 
 def best_plan(shape, most, s, ranks=(1024, 256, 64, 16), cuda=True):
@@ -150,23 +143,14 @@ def print_plans(s):
         f"LoRA rank x micro-batch (GB at the peak); c: with activation checkpointing; -: none. {s.dtype}, all rows of "
         f"{s.query_length} + {s.response_length} tokens"
     )
-    print(
-        report.table(
-            [["Pythia", *(f"{card} GB" for card in CARDS)]]
-            + [
-                [
-                    size,
-                    *(
-                        f"{p['lora_r']} x {p['micro_batch']}{'c' * p['checkpoint_activations']} ({p['peak'] / 1e9:.0f})"
-                        if p
-                        else "-"
-                        for p in row.values()
-                    ),
-                ]
-                for size, row in plans.items()
-            ]
-        )
-    )
+    rows = [["Pythia", *(f"{card} GB" for card in CARDS)]]
+    for size, row in plans.items():
+        cells = [
+            f"{p['lora_r']} x {p['micro_batch']}{'c' * p['checkpoint_activations']} ({p['peak'] / 1e9:.0f})" if p else "-"
+            for p in row.values()
+        ]
+        rows.append([size, *cells])
+    print(report.table(rows))
     return plans
 
 
@@ -379,7 +363,7 @@ def bench(s, shape, random_weights, auto, lengths, iterations):
         s = dataclasses.replace(s, micro_batch=largest_micro_batch(roles, optimizer, rows, tokenizer, s, shape))
     timed_update(roles, optimizer, rows, 1, tokenizer, dataclasses.replace(s, batch_size=4, epochs=1))  # to warm up
     matmul, copying = device_rates(s)
-    B, updates = s.batch_size, s.updates or max(1, EPISODES[s.preset] // s.batch_size)
+    B, updates = s.batch_size, s.updates or max(1, EPISODES.get(s.preset, len(rows)) // s.batch_size)
     drawn = drpo.draw(rows, B, iterations, s.seed, "rl")
     query = np.array([len(drpo.encode_query(row["prompt"], tokenizer, s.query_length)) for row in drawn])
     methods, table = {}, [["", "seconds", "tokens/s", "GB", "MFU"]]
@@ -551,19 +535,8 @@ SIDES = {"official": official_update, "ours": timed_update}
 def peer(size, episodes):
     """What an update of either side is called with, but for its number. Two threads."""
     torch.set_num_threads(2)
-    s = drpo.parse(
-        [
-            "drpo",
-            "--preset=tldr",
-            f"--model={size}",
-            "--device=cpu",
-            "--dtype=float32",
-            "--query_length=128",
-            "--lora_r=16",
-            "--micro_batch=8",
-            f"--batch_size={episodes}",
-        ]
-    )[1]
+    fixed = "--preset=tldr --device=cpu --dtype=float32 --query_length=128 --lora_r=16 --micro_batch=8".split()
+    s = drpo.parse(["drpo", *fixed, f"--model={size}", f"--batch_size={episodes}"])[1]
     lengths = [64 + 64 * quantile for quantile in QUANTILES], [s.response_length] * len(QUANTILES)
     roles, optimizer = build(s, PYTHIA[size])
     rows = synthetic_rows(10 * s.batch_size, PYTHIA[size].vocabulary, lengths, s.seed)

@@ -80,8 +80,8 @@ def load(source, split=""):
     """-> (training rows, held-out rows), lists of {prompt, reference} or {prompt, chosen, rejected, batch}.
 
     `source` is a json, jsonl, csv or parquet file (also .gz), a folder of them, or a Hub name, as name or name:config. Where
-    there is a train split only, as in a file, its last tenth is held out, unless a `split` is named. Raises ValueError with one line that names what is
-    wrong and where."""
+    there is a train split only, as in a file, its last tenth is held out, unless a `split` is named. Raises ValueError with
+    one line that names what is wrong and where."""
     import datasets  # slow to import, and the toy corpus does without
 
     datasets.disable_progress_bars()
@@ -131,8 +131,8 @@ def read_row(row):
     """A row of any known layout -> {prompt, reference} or {prompt, chosen, rejected, batch}; of an unknown one -> the row.
 
     Two dialogues that do not share a prompt get an empty one, for the caller to drop and count."""
-    has = row.keys().__ge__
-    if has({"info", "summaries", "choice"}):  # openai/summarize_from_feedback and vwxyzjn's builds
+    columns = row.keys()
+    if columns >= {"info", "summaries", "choice"}:  # openai/summarize_from_feedback and vwxyzjn's builds
         article = row["info"].get("article")  # CNN/DM rows have one instead of a post
         texts, choice = [summary["text"] for summary in row["summaries"]], row["choice"]
         return {
@@ -141,25 +141,25 @@ def read_row(row):
             "rejected": texts[1 - choice],
             "batch": row.get("batch"),
         }
-    if has({"prompt", "chosen", "rejected"}):  # trl-lib/tldr-preference, CarperAI, Dahoas
+    if columns >= {"prompt", "chosen", "rejected"}:  # trl-lib/tldr-preference, CarperAI, Dahoas
         return {name: row[name] for name in ("prompt", "chosen", "rejected")}
-    if has({"chosen", "rejected"}):  # Anthropic/hh-rlhf: two whole dialogues
+    if columns >= {"chosen", "rejected"}:  # Anthropic/hh-rlhf: two whole dialogues
         (prompt, mark, chosen), (other, _, rejected) = [
             row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected")
         ]
         return {"prompt": prompt + mark if prompt == other else "", "chosen": chosen, "rejected": rejected}
-    if has({"article", "highlights"}):  # abisee/cnn_dailymail
+    if columns >= {"article", "highlights"}:  # abisee/cnn_dailymail
         return {"prompt": article_prompt(row["article"]), "reference": row["highlights"]}
-    if has({"subreddit", "title", "post", "summary"}):  # vwxyzjn/ and cleanrl/...tldr_3_filtered...
+    if columns >= {"subreddit", "title", "post", "summary"}:  # vwxyzjn/ and cleanrl/...tldr_3_filtered...
         return {"prompt": tldr_prompt(row), "reference": row["summary"]}
     for prompt, reference in [
         ("prompt", "reference"),
-        ("prompt", "completion"),
-        ("prompt", "label"),
-        ("prompt", "response"),
-        ("query", "reference_response"),
-    ]:  # trl-lib/tldr, CarperAI, Dahoas; older cleanrl builds
-        if has({prompt, reference}):
+        ("prompt", "completion"),  # trl-lib/tldr
+        ("prompt", "label"),  # CarperAI
+        ("prompt", "response"),  # Dahoas
+        ("query", "reference_response"),  # older cleanrl builds
+    ]:
+        if columns >= {prompt, reference}:
             text = row[reference]  # those older builds have the EOS in the text
             return {"prompt": row[prompt], "reference": text.removesuffix("<|endoftext|>") if isinstance(text, str) else text}
     return row

@@ -19,9 +19,10 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
     """-> judge(prompts, a, b) -> [P(a is preferred), or None where there is no verdict, ...], from lists of texts."""
 
     def by_reward(prompts, a, b):
-        nonlocal backbone, head, tokenizer
-        if other_run:
+        nonlocal backbone, head, tokenizer, other_run
+        if other_run:  # loaded when it is first asked, once
             (backbone, head), tokenizer = drpo.load_reward(f"{other_run}/rm", s), drpo.load_tokenizer(f"{other_run}/rm", s)
+            other_run = None
         rows = [[{"prompt": prompt, "reference": text} for prompt, text in zip(prompts, texts)] for texts in (a, b)]
         first, second = [drpo.reference_scores(backbone, head, side, s, tokenizer) for side in rows]
         return ((torch.sign(first - second) + 1) / 2).tolist()
@@ -35,10 +36,20 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
             drpo.stop(error)
         return [None if math.isnan(p) else p for p in drpo.summed(found).tolist()]
 
+    def by_function(prompts, a, b):
+        try:
+            found = [None if p is None else float(p) for p in function(prompts, a, b)]
+        except ValueError as error:
+            drpo.stop(f"--judge {s.judge}: {error}")
+        if len(found) != len(prompts):
+            drpo.stop(f"--judge {s.judge}: gave {len(found)} verdicts on {len(prompts)} pairs")
+        return found
+
     other_run = s.judge.removeprefix("rm:") if s.judge.startswith("rm:") else None
     if other_run and not Path(other_run, "rm", "config.json").exists():
         drpo.stop(
-            f"--judge {s.judge}: there is no reward model in {other_run}/rm; make one with: python drpo.py rm --run_dir {other_run}"
+            f"--judge {s.judge}: there is no reward model in {other_run}/rm; make one with: "
+            f"python drpo.py rm --run_dir {other_run}"
         )
     if s.judge == "rm" or other_run:
         return by_reward  # the run's own: what was optimised
@@ -48,12 +59,14 @@ def load_judge(s, backbone=None, head=None, tokenizer=None):
         except ValueError as error:
             drpo.stop(error)
         return by_api
-    return resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR, module:function or api:MODEL")
+    function = resolve(s.judge) or drpo.stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR, module:function or api:MODEL")
+    return by_function
 
 
 def held_out_rows(s):
     """All held-out rows of the dataset, or of its split --eval_split."""
     source = (s.dataset, "reference", s.seed)
+    # without a split called just as the stages call it, so that what load_rows has read serves again
     return drpo.load_rows(*source, s.eval_split)[1] if s.eval_split else drpo.load_rows(*source)[1]
 
 
@@ -67,8 +80,8 @@ def yardsticks(s):
 
 
 def measure(network, rows, s, by):
-    """A network on prompts and references -> {figure: one value per row}; report.METRICS explains them, and `ids` are the tokens
-    of the response. by: what `yardsticks` gives.
+    """A network on prompts and references -> {figure: one value per row}: those of report.METRICS, the texts, and `ids`, the
+    tokens of the response. by: what `yardsticks` gives.
 
     KL(pi || pi_SFT) is estimated on samples at the training temperature, the one at which the two were compared in training,
     and `kl_rm_score` is the score of those very samples; everything else is measured at the evaluation temperature."""

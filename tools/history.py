@@ -30,7 +30,7 @@ def policy_at(path, s):
 
 
 def split(s):
-    """The held-out rows -> (validation rows, test rows): the latter are those of `eval`, and share no prompt with the former."""
+    """-> (validation rows, test rows), of the held-out rows: the latter are those of `eval`; the two share no prompt."""
     held_out = evaluation.held_out_rows(s)
     test = held_out[: s.eval_samples]
     taken = {row["prompt"] for row in test}

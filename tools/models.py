@@ -1,4 +1,4 @@
-"""Networks and tokenizers from wherever they are, and back to the disk in the layout of Hugging Face. Imports nothing of drpo.py."""
+"""Networks and tokenizers from wherever they are, and back to the disk as Hugging Face does. Imports nothing of drpo.py."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def load_reward(folder, s, full=False):
 
 
 def scalar_head(weight, bias=0.0):
-    """nn.Linear(d, 1) in float32 from a weight (1, d)."""
+    """nn.Linear(d, 1) in float32 from a weight (1, d) and a bias, a number."""
     head = nn.Linear(weight.shape[1], 1, device=weight.device)
     head.load_state_dict({"weight": weight, "bias": torch.tensor([bias])})
     return head

@@ -41,6 +41,7 @@ def execute(path):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="the beginning of a file name; none: all notebooks")
+    parser.error = lambda message: parser.exit(2, f"notebooks.py: {message}\n")
     names = parser.parse_args(argv).names
     paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
     for name in names:

@@ -16,7 +16,7 @@ from tools.running import USES
 
 
 def check(stages, s, held):
-    """Makes the run folder, holds it for as long as the ExitStack `held` is open, and reads the data, the tokenizer, the model's
+    """Makes the run folder, holds it for as long as the ExitStack `held` is open, and reads data, tokenizer, the model's
     config and the judge that these stages will ask for.
 
     Exits with 2 and one line at the first thing that is wrong, as the stage itself would later."""
@@ -30,7 +30,7 @@ def check(stages, s, held):
         drpo.stop(f"--run_dir {run}: {error.strerror}")
     if s.fresh:
         start_over(stages, run)
-    if any(is_hub_name(name) for name in (s.model, s.tokenizer, s.dataset, s.preference_dataset)):
+    if any(is_hub_name(name) for name in (s.model, s.tokenizer, s.dataset, s.preference_dataset, *s.others)):
         do_without_an_unreachable_hub()
     todo = [stage for stage in stages if stage == "eval" or not (run / stage / "result.json").exists()]
     if set(todo) & {"sft", "rm", "ppo", "drpo", "eval"}:
@@ -49,8 +49,11 @@ def check(stages, s, held):
                 f"--model {s.model} has room for {room}"
             )
     if "eval" in todo:
-        evaluation.held_out_rows(s)
-        evaluation.load_judge(s)
+        (row, *_), judge = evaluation.held_out_rows(s), evaluation.load_judge(s)
+        if resolve(s.judge):  # a function of one's own: asked about one row, it costs nothing to know now
+            judge([row["prompt"]], [row["reference"]], [row["reference"]])
+        for name in s.others:
+            drpo.load_tokenizer(name, s)
 
 
 def start_over(stages, run):
@@ -59,19 +62,8 @@ def start_over(stages, run):
     doomed = [
         run / stage for stage in parts if any(one == stage or parts[one] < parts[stage] for one in stages if one in parts)
     ]
-    doomed += [
-        run / name
-        for name in (
-            "samples.jsonl",
-            "eval.json",
-            "report.json",
-            "report.md",
-            "curves.png",
-            "frontier.png",
-            "history.jsonl",
-            "overoptimisation.png",
-        )
-    ]
+    left = "samples.jsonl eval.json report.json report.md curves.png frontier.png history.jsonl overoptimisation.png"
+    doomed += [run / name for name in [*left.split(), "resets.jsonl"]]  # not verdicts.jsonl, which may have been paid for
     if not (there := [path for path in doomed if path.exists()]):
         return
     print(f"--fresh deletes {', '.join(map(str, there))}. Type yes to go on: ", end="", flush=True)

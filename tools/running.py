@@ -1,4 +1,4 @@
-"""What every stage and command needs and a reader of the method need not see: how a run ends in one line, several processes,
+"""What every stage and command needs and a reader of the method need not see: how a command begins and ends, several processes,
 and the loop around the updates, with its learning rate, metrics and checkpoints. Imports nothing of drpo.py."""
 
 import argparse
@@ -70,6 +70,8 @@ def check_ranges(s):
         least = 0 if name in ("seed", "sft_steps", "rm_steps", "updates", "lora_r", "supervised_lora_r") else 1
         if type(value) is int and value < least:
             stop(f"--{name} {value}: must be {least} or more")
+    if len(set(s.seeds)) < len(s.seeds):
+        stop(f"--seeds {' '.join(map(str, s.seeds))}: names a seed twice")
     if s.response_length < 2:
         stop("--response_length 1: must be 2 or more, one token and its EOS")
     try:
@@ -191,12 +193,13 @@ def step(optimizer, s, where, batch):
     if not torch.isfinite(norm):
         path, tensors = f"{s.run_dir}/{where.split()[0]}/bad_batch.safetensors", batch()
         if world()[0] == 0:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)  # of tools/bench.py, which has no stage and so no folder
             save_file({name: x.contiguous() for name, x in tensors.items()}, path)
         wait_for_all()
         bad = [name for name, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
         stop(
-            f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}, and the last "
-            f"checkpoint beside it",
+            f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}, and the "
+            f"last checkpoint beside it",
             3,
         )
     optimizer.step()
@@ -211,7 +214,11 @@ def relevant(s, stage):
 
 def refuse_if_changed(path, s, stage):
     """What was made with other settings (as JSON in `path`) is neither continued nor overwritten."""
-    old, new, folder = json.loads(path.read_text())["settings"], relevant(s, stage), f"{s.run_dir}/{stage}"
+    try:
+        old = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        stop(f"{path}: cannot be read ({type(error).__name__}: {error}); delete it")
+    new, folder = relevant(s, stage), f"{s.run_dir}/{stage}"
     changed = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
     if changed:
         stop(f"{folder} was made with other settings ({'; '.join(changed)}): name another --run_dir, or delete {folder}")

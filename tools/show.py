@@ -3,8 +3,8 @@
     python -m tools.show [--preset P] [settings of drpo.py] [--rows N]    the first rows and pairs that sft and rm train on
     python -m tools.show --run DIR [settings of drpo.py] [--rows N]       the first rollouts of drpo, from a run that has sft/
                                                                           and rm/ (its own policy rolls out once drpo/ is there)
-    python -m tools.show --run DIR --sample K                             row K of samples.jsonl: each method's response, and DR-PO's
-                                                                          from a reset, with reward, value, advantage of each token
+    python -m tools.show --run DIR --sample K                             row K of samples.jsonl: each method's response, and
+                                                                          DR-PO's from a reset; with reward, value, advantage
 
 The settings of a run are read from its folder. All is done by the functions of drpo.py: what is wrong there shows here.
 """
@@ -72,7 +72,7 @@ def lengths(row, field, s, tokenizer, length):
 
 
 def reward_columns(batch):
-    """Where drpo.end_scores reads, asked of it: with a network whose state in each column is the column's number. -> (B,)"""
+    """Where drpo.end_scores reads, asked of it: with a network whose state in each column is its number. -> B numbers."""
 
     def network(input_ids, **_):
         return SimpleNamespace(last_hidden_state=torch.arange(input_ids.shape[1]).expand(input_ids.shape)[..., None])
@@ -108,9 +108,9 @@ def show_rows(s, count):
     for n in range(count):
         part = pairs[n // size * size :][:size]
         batch = drpo.encode(part, ["chosen", "rejected"], s, tokenizer, s.preference_length)
-        width = batch["query"].shape[1] + batch["response"].shape[1]
+        width, columns = batch["query"].shape[1] + batch["response"].shape[1], reward_columns(batch)
         for field, i in (("chosen", n % size), ("rejected", n % size + len(part))):
-            marks = ["<-" if column == reward_columns(batch)[i] else "." for column in range(width)]
+            marks = ["<-" if column == columns[i] else "." for column in range(width)]
             show(
                 f"pair {n}, {field}: {lengths(pairs[n], field, s, tokenizer, s.preference_length)}",
                 batch,
@@ -123,8 +123,8 @@ def show_rows(s, count):
 
 
 def of_steps(batch, masks, roles, s):
-    """Line 5 of Algorithm 1 as in `drpo.drpo_update`, before any whitening -> log pi, log pi_SFT and values, (B, T) each, on the
-    prefix too, of which training has no need; scores (B,); rewards (B, T)."""
+    """Line 5 of Algorithm 1 as in `drpo.drpo_update`, before any whitening -> log pi, log pi_SFT and values, (B, T) each, on
+    the prefix too, of which training has no need; scores (B,); rewards (B, T)."""
     everywhere = torch.ones_like(masks[0])
     logprobs, ref_logprobs = [
         drpo.response_logprobs(network, batch, s.temperature, everywhere)[0] for network in (roles.policy, roles.reference)
@@ -227,8 +227,8 @@ def show_sample(s, number):
     for title, text in (("prompt", tokenizer.decode(query)), ("reference", row["reference"])):
         print(f"{title}:\n" + paint("\n".join(textwrap.fill(line, width) for line in text.splitlines()), "prompt") + "\n")
     print(
-        f"reward: -{s.kl_coef:g} (ln pi - ln pi_SFT) at temperature {s.temperature:g}, and the score at the last token; before any "
-        f"whitening\nvalue: the critic at the end of that training, for other methods the reward model; advantage: GAE\n"
+        f"reward: -{s.kl_coef:g} (ln pi - ln pi_SFT) at temperature {s.temperature:g}, and the score at the last token; before "
+        f"any whitening\nvalue: the critic at the end of that training, for other methods the reward model; advantage: GAE\n"
     )
 
     for method in methods:

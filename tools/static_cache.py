@@ -1,5 +1,5 @@
-"""Decoding into a cache of fixed size (--static_cache). On a GPU a step is then captured as a CUDA graph and replayed, so that it
-costs what reading weights and cache costs, and not the launch of a thousand small kernels. Imports nothing of drpo.py."""
+"""Decoding into a cache of fixed size (--static_cache). On a GPU a step is then captured as a CUDA graph and replayed, so that
+it costs what reading weights and cache costs, and not the launch of a thousand small kernels. Imports nothing of drpo.py."""
 
 import torch
 from transformers import StaticCache

@@ -48,7 +48,8 @@ def budget(runs):
 def table(results):
     """How often, how soon and how well, per method and H, as text."""
     rows = [
-        f"{'':9} {'H':>3} {'solved':>7} {'episodes':>9} {'steps':>11} {'value':>7}   medians; the value is exact, from the true start"
+        f"{'':9} {'H':>3} {'solved':>7} {'episodes':>9} {'steps':>11} {'value':>7}   "
+        f"medians; the value is exact, from the true start"
     ]
     for method in ("ppo", "drpo", "npg"):
         for H in HORIZONS:
@@ -65,7 +66,8 @@ def table(results):
         for H in HORIZONS:
             if values := [r[method] for r in pick(results, "offline", H)]:
                 rows.append(
-                    f"{method:9} {H:3} {sum(v > SOLVED for v in values):3}/{len(values):<3} {'-':>9} {'-':>11} {median(values):7.3f}"
+                    f"{method:9} {H:3} {sum(v > SOLVED for v in values):3}/{len(values):<3} {'-':>9} {'-':>11} "
+                    f"{median(values):7.3f}"
                 )
     return "\n".join(rows)
 
@@ -88,10 +90,8 @@ def claims(results):
         *[f"H = {H}: {tally(drpo[H], BARS[H])} (bar {BARS[H] // 1000}k)" for H in horizons],
     )
     if full:
-        worst, means = (
-            min(r["value"] for H in horizons for r in drpo[H]),
-            [r["data_mean"] for H in horizons for r in offline[H]],
-        )
+        worst = min(r["value"] for H in horizons for r in drpo[H])
+        means = [r["data_mean"] for H in horizons for r in offline[H]]
         best = max(r["data_best"] for H in horizons for r in offline[H])
         add(
             "... and it is no imitation",
@@ -231,9 +231,10 @@ def claims(results):
             "A reward from few pairs is hacked",
             all(r["hacked_learned_return"] > r["best_learned_return"] and r["hacked_value"] < 0.1 for r in few),
             *[
-                f"{pairs} pairs: the best policy for the learned reward has learned return {mean(r['hacked_learned_return'] for r in runs):.2f} and "
-                f"true {mean(r['hacked_value'] for r in runs):.2f} (DR-PO {mean(r['learned_return'] for r in runs):.2f} and "
-                f"{mean(r['value'] for r in runs):.2f}; the truly best {mean(r['best_learned_return'] for r in runs):.2f} and 1)"
+                f"{pairs} pairs: the best policy for the learned reward has learned return "
+                f"{mean(r['hacked_learned_return'] for r in runs):.2f} and true {mean(r['hacked_value'] for r in runs):.2f} "
+                f"(DR-PO {mean(r['learned_return'] for r in runs):.2f} and {mean(r['value'] for r in runs):.2f}; "
+                f"the truly best {mean(r['best_learned_return'] for r in runs):.2f} and 1)"
                 for pairs, runs in labels.items()
             ],
         )
@@ -247,7 +248,8 @@ def claims(results):
             len(most) == 1 and max(most) > 0,
             "all seeds solved within 300k up to "
             + ", ".join(f"lambda = {kl_coef} at beta = {beta}" for beta, kl_coef in bears.items() if kl_coef >= 0),
-            f"at beta = 0.1 {max(share for (beta, _), share in heat.items() if beta == 0.1):.0%} of the seeds at the best lambda",
+            f"at beta = 0.1 {max(share for (beta, _), share in heat.items() if beta == 0.1):.0%} of the seeds at the best "
+            f"lambda",
         )
     return rows
 
@@ -330,14 +332,8 @@ def draw(results, path):
     for ax, method in ((lost, "ppo"), (kept, "drpo")):
         r = next(r for r in by_method[method][H] if "visits" in r)
         start, *share = torch.tensor(r["visits"]).T
-        end = torch.cat(
-            [
-                start,
-                torch.tensor(
-                    [r["run"]["budget"] if r["run"]["run_on"] or not r["episodes_to_solve"] else r["episodes_to_solve"] + 1]
-                ),
-            ]
-        )
+        stopped = None if r["run"]["run_on"] else r["episodes_to_solve"]
+        end = torch.cat([start, torch.tensor([stopped + 1 if stopped else r["run"]["budget"]])])
         image = ax.pcolormesh(
             end.numpy(), torch.arange(H + 1) - 0.5, torch.stack(share).clamp(min=1e-3).log10(), vmin=-3, vmax=0
         )
