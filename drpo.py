@@ -442,9 +442,10 @@ def token_masks(reset_len, response_len, T, masking="sampled"):
     return (sampled, sampled, sampled) if masking == "sampled" else (sampled, free, torch.ones_like(free))
 
 
-def decoder(policy, query_mask, _):
+def decoder(policy, query_mask, room):
     """-> step(tokens, keep), which gives the logits that follow, (rows, V). The first call reads the queries, (rows, Q); each
-    later one a token a row, (rows, 1), of the rows that `keep` names among those of the call before (None: all of them)."""
+    later one a token a row, (rows, 1), of the rows that `keep` names among those of the call before (None: all of them).
+    `room`, for how many tokens at most, is what the decoder of tools/static_cache.py has to know."""
     mask, cache = query_mask, None
 
     def step(tokens, keep):
@@ -530,7 +531,42 @@ def sample(network, rows, s, tokenizer, temperature):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Stages. Each is a visible loop over `training(...)`, which keeps what all of them need out of sight: learning rate,
+# 6. Measuring: what the stages, their checks and the evaluation (tools/evaluation.py) share.
+
+
+def sequence_logprobs(network, batch, temperature=1.0):
+    """ln pi(response | query), (B,)."""
+    return response_logprobs(network, batch, temperature)[0].sum(1)
+
+
+def per_row(function, rows, responses, s, tokenizer):
+    """function(batch) -> (B,), over all rows with these responses (lists of ids), in micro-batches -> (rows,) on the CPU."""
+    queries, out = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows], torch.zeros(len(rows))
+    with torch.no_grad():
+        for chunk, part in micro_batches(pack(queries, responses, tokenizer.eos_token_id, s.device), s):
+            out[chunk.cpu()] = function(part).float().cpu()
+    return summed(out)
+
+
+def reference_scores(backbone, head, rows, s, tokenizer):
+    """What the reward model gives to the rows' own references, (rows,)."""
+    responses = [encode_response(row["reference"], tokenizer, s.response_length) for row in rows]
+    return per_row(lambda part: end_scores(backbone, head, part), rows, responses, s, tokenizer)
+
+
+def decode(responses, tokenizer):
+    """Lists of ids -> texts as a judge reads them."""
+    return [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+
+
+def rouge(texts, rows, kind="rougeL"):
+    """ROUGE F1 (rouge1, rouge2 or rougeL) with stemming, as `evaluate.load("rouge")` computes it, per text."""
+    scorer = RougeScorer([kind], use_stemmer=True)
+    return [scorer.score(row["reference"], text)[kind].fmeasure for text, row in zip(texts, rows)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Stages. Each is a visible loop over `training(...)`, which keeps what all of them need out of sight: learning rate,
 # metrics, checkpoints. Each returns what the next one should know before it starts.
 
 
@@ -814,41 +850,6 @@ def check_references(roles, references, tokenizer, s):
     tqdm.write(f"check: SFT references score {mean:.2f} +- {error:.2f} (standard error); it should be 0")
     if not abs(mean) < 5 * error + (1e-4 if s.dtype == "float32" else 0.1):
         stop("the reward model does not see the references as it was trained on them", 3)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Measuring: what checks, reward model and evaluation (tools/evaluation.py) share.
-
-
-def sequence_logprobs(network, batch, temperature=1.0):
-    """ln pi(response | query), (B,)."""
-    return response_logprobs(network, batch, temperature)[0].sum(1)
-
-
-def per_row(function, rows, responses, s, tokenizer):
-    """function(batch) -> (B,), over all rows with these responses (lists of ids), in micro-batches -> (rows,) on the CPU."""
-    queries, out = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows], torch.zeros(len(rows))
-    with torch.no_grad():
-        for chunk, part in micro_batches(pack(queries, responses, tokenizer.eos_token_id, s.device), s):
-            out[chunk.cpu()] = function(part).float().cpu()
-    return summed(out)
-
-
-def reference_scores(backbone, head, rows, s, tokenizer):
-    """What the reward model gives to the rows' own references, (rows,)."""
-    responses = [encode_response(row["reference"], tokenizer, s.response_length) for row in rows]
-    return per_row(lambda part: end_scores(backbone, head, part), rows, responses, s, tokenizer)
-
-
-def decode(responses, tokenizer):
-    """Lists of ids -> texts as a judge reads them."""
-    return [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
-
-
-def rouge(texts, rows, kind="rougeL"):
-    """ROUGE F1 (rouge1, rouge2 or rougeL) with stemming, as `evaluate.load("rouge")` computes it, per text."""
-    scorer = RougeScorer([kind], use_stemmer=True)
-    return [scorer.score(row["reference"], text)[kind].fmeasure for text, row in zip(texts, rows)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from unittest import mock
 import pytest
 
 import drpo
+from tools import report
+from tools.stats import t_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -178,3 +180,94 @@ def test_what_stops_a_planted_mistake_is_as_troubleshooting_says():
     for mistake, sign in signs.items():
         assert any(f"`{mistake}`" in row and sign in row for row in rows), mistake
         assert (stopped[mistake] is None) == (sign == "nothing stops it")
+
+
+# ------------------------------------------------------------------------------------------------- figures in the tables
+
+TOY, REAL, COSTS = (SECTIONS[name] for name in ("Results on the toy corpus", "A real run on real text", "What a run costs"))
+
+
+def report_of(run):
+    return json.loads((ROOT / "results" / run / "report.json").read_text())
+
+
+def row_of(text, heading, first):
+    """The row of the table below `heading` whose first cell begins with `first`, without that cell; a hyphen for each minus
+    and dash."""
+    row = next(cells for cells in table(text, heading) if cells[0].split(" (")[0] == first)
+    return [cell.replace("−", "-").replace("–", "-") for cell in row[1:]]
+
+
+def found(win_rate):
+    """How many seeds have found the full summary."""
+    return f"{sum(value >= report.FOUND for value in win_rate['values'])}/{win_rate['n']}"
+
+
+def mean_and_range(stats):
+    return f"{stats['mean']:.3f} ({stats['min']:.3f}-{stats['max']:.3f})"
+
+
+def interval(stats):
+    return "[{:.3f}, {:.3f}]".format(*t_interval(stats))
+
+
+def test_the_first_run_ends_as_it_is_printed():
+    tiny = report_of("tiny")
+    lines = report.table(report.method_rows(tiny["methods"], report.IN_TERMINAL, ["win_rate"])).splitlines()
+    seconds = {report.METHODS.get(stage, "RM"): taken for stage, taken in tiny["seconds"].items()}
+    each = ", ".join(f"{name} {taken:.0f}" for name, taken in seconds.items())
+    for line in [*lines, f"seconds: {each}; in all {sum(seconds.values()):.0f}"]:
+        assert line.rstrip() in SECTIONS["What you will see"], line
+
+
+@pytest.mark.parametrize("method", report.METHODS)
+def test_the_table_of_the_gate_is_that_of_its_report(method):
+    figures, heading = report_of("gate")["methods"][method], next(line for line in TOY.splitlines() if "mean ± std" in line)
+    win, row = figures["win_rate"], row_of(TOY, heading, report.METHODS[method])
+    assert row[0] == f"{win['mean']:.3f} ± {win['std']:.3f} ({win['min']:.3f}-{win['max']:.3f})"
+    assert row[1:3] == [interval(win), found(win)]
+    assert [float(cell) for cell in row[3:]] == [
+        round(figures[key]["mean"], places) + 0.0 for key, places in (("rm_score", 2), ("kl", 1), ("eos_rate", 2))
+    ]
+
+
+@pytest.mark.parametrize("run, lr", [("gate", "1e-4"), ("gate_lr2e-4", "2e-4"), ("gate_lr4e-4", "4e-4")])
+def test_the_table_of_learning_rates_is_that_of_the_reports(run, lr):
+    result, heading = report_of(run), next(line for line in TOY.splitlines() if line.startswith("| learning rate | PPO"))
+    (ppo, drpo), difference = [result["methods"][name]["win_rate"] for name in report.RL], result["differences"]["drpo - ppo"]
+    row = row_of(TOY, heading, lr)
+    assert row[:4] == [mean_and_range(ppo), found(ppo), mean_and_range(drpo), found(drpo)]
+    assert row[4] == f"{difference['mean']:+.3f} {interval(difference)}" and f"results/{run}/" in row[5]
+    assert result["settings"]["lr"] == float(lr)
+
+
+@pytest.mark.parametrize("run", ["beta_0", "beta_0.25", "beta_0.5", "gate", "beta_0.75", "beta_1", "beta_1_prompt"])
+def test_the_table_of_the_ablation_is_that_of_the_reports(run):
+    result, heading = report_of(run), next(line for line in TOY.splitlines() if line.startswith("| β |"))
+    beta = f"{result['settings']['beta']:g}" + ", prefixes of 0..n" * result["settings"]["reset_include_prompt"]
+    row, drpo = row_of(TOY, heading, beta), result["methods"]["drpo"]
+    assert row[:2] == [mean_and_range(drpo["win_rate"]), found(drpo["win_rate"])] and f"results/{run}/" in row[4]
+    assert [float(cell) for cell in row[2:4]] == [round(drpo["rm_score"]["mean"], 2), round(drpo["kl"]["mean"], 1)]
+    if run == "beta_0":
+        assert drpo == result["methods"]["ppo"]  # to the last bit
+
+
+@pytest.mark.parametrize("method", report.METHODS)
+def test_the_table_of_the_real_run_is_that_of_its_report(method):
+    figures, heading = report_of("smollm2")["methods"][method], next(line for line in REAL.splitlines() if "| at equal" in line)
+    row = row_of(REAL, heading, report.METHODS[method])
+    for cell, key, places in zip(row, ("win_rate", "lc_win_rate", "rm_score"), (3, 3, 2)):
+        assert cell == f"{figures[key]['mean']:.{places}f} ± {figures[key]['std']:.{places}f}"
+
+
+@pytest.mark.parametrize("file, first", [("peers", 0), ("peers_tuned", 1)])
+def test_the_table_of_times_is_that_of_the_bench(file, first):
+    rows = table(COSTS, next(line for line in COSTS.splitlines() if line.startswith("| shape, allocator |")))[first::2]
+    measured = json.loads((ROOT / "results" / "bench" / f"{file}.json").read_text())
+    for row, one in zip(rows, measured.values(), strict=True):
+        ratio = {name: ours / official for name, (official, ours) in one.items()}
+        phases = ", ".join(f"{phase} {ratio[f'CPU s, {phase}']:.2f}" for phase in drpo.PHASES)
+        assert row[1:3] == [f"{seconds:.1f}" for seconds in one["CPU s"]]
+        assert row[3] == f"{ratio['CPU s']:.2f} ({phases})"
+        assert row[4] == " / ".join(f"{gb:.2f}" for gb in one["peak GB"])
+        assert row[5] == f"{ratio['row-steps, ours at beta 0 and 1']:.2f}"
