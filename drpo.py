@@ -32,6 +32,7 @@ How one row stands in memory (Q = 6 columns of query, T = 6 of response, a reset
     reset_len = 2, response_len = 5
     rewards                                   0   0  -kl -kl -kl+score     `penalised_rewards`
     advantages                                0   0   A   A   A   0        `gae`, whitened over the mask
+    A pass over whole rows leaves out the padding before the query (`unpadded`), and so needs no attention mask.
 
 Differences from the paper (P) and from the official code (C, github.com/Cornell-RL/drpo); README.md gives them all:
 
@@ -71,7 +72,7 @@ from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
 from tools import static_cache
 from tools.data import load_rows
-from tools.models import body_and_head, load_network, load_reward, load_tokenizer, save_network, scalar_head
+from tools.models import body_and_head, last_logits, load_network, load_reward, load_tokenizer, save_network, scalar_head
 from tools.token_logprobs import token_logprobs
 
 from tools.running import check_ranges, exchanged, join, precision, prepare, refuse_if_changed, relevant  # isort: skip
@@ -221,7 +222,8 @@ def pack(queries, responses, fill, device, width=None):
     """Lists of token ids -> one batch: queries padded on the left, responses on the right, so that the first response
     token stands in the same column in every row. The fill is any valid token: masks come from lengths, never from ids.
 
-    Returns {query (B, Q) long, query_mask (B, Q) bool, response (B, T) long, response_len (B,) long}; T = `width` if given."""
+    Returns {query (B, Q) long, query_mask (B, Q) bool, response (B, T) long, response_len (B,) long, row_len (B,) long}:
+    T = `width` if given, row_len the tokens of query and response together."""
     Q, T = max(map(len, queries)), max(map(len, responses)) if width is None else width
     query_len, response_len = [torch.tensor([len(ids) for ids in rows], device=device) for rows in (queries, responses)]
     return {
@@ -229,6 +231,7 @@ def pack(queries, responses, fill, device, width=None):
         "query_mask": torch.arange(Q, device=device) >= Q - query_len[:, None],
         "response": torch.tensor([ids + [fill] * (T - len(ids)) for ids in responses], dtype=torch.long, device=device),
         "response_len": response_len,
+        "row_len": query_len + response_len,
     }
 
 
@@ -246,18 +249,10 @@ def response_mask(batch):
 
 def micro_batches(batch, s):
     """Yields (row indices, batch of those rows), this process's, of at most `micro_batch` rows: rows of like length together,
-    the longest first, without columns of padding that none of them needs (--masking official sees those after the response)."""
-    order = (-batch["query_mask"].sum(1) - batch["response_len"]).argsort(stable=True)
+    the longest first."""
+    order = (-batch["row_len"]).argsort(stable=True)
     for rows in share(order.split(s.micro_batch)):
-        part = {name: x[rows] for name, x in batch.items()}
-        start = int(part["query_mask"].any(0).int().argmax())
-        T = int(part["response_len"].max()) if s.masking == "sampled" else None
-        cut = {
-            "query": part["query"][:, start:],
-            "query_mask": part["query_mask"][:, start:],
-            "response": part["response"][:, :T],
-        }
-        yield rows, part | cut
+        yield rows, {name: x[rows] for name, x in batch.items()}
 
 
 def draw(rows, size, update, seed, stream):
@@ -301,16 +296,19 @@ def twin(network, lora_r, seed=0):
     return trained, frozen
 
 
-def inputs(batch):
-    """Arguments of a forward pass over query and response. Padding after the response needs no mask: no token before it can
-    see it, and what is computed on it is never used. Padding before the query does."""
-    mask = torch.cat([batch["query_mask"], torch.ones_like(batch["response"], dtype=torch.bool)], 1)
-    return {
-        "input_ids": torch.cat([batch["query"], batch["response"]], 1),
-        "attention_mask": mask.long(),
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-        "use_cache": False,
-    }
+def unpadded(batch):
+    """-> ids (B, W) long, W the longest row's tokens: each row's query and response from column 0 on. Causal attention then
+    needs no mask: what stands behind the end of a row no token of it can see, and what is computed there is never used."""
+    ids, padding = torch.cat([batch["query"], batch["response"]], 1), (~batch["query_mask"]).sum(1)
+    columns = padding[:, None] + torch.arange(int(batch["row_len"].max()), device=ids.device)
+    return ids.gather(1, columns.clamp(max=ids.shape[1] - 1))
+
+
+def response_states(body, batch):
+    """-> hidden states (B, T+1, d) float32: [:, t] is the state before response token t, [:, response_len] the one at EOS."""
+    states = body(input_ids=unpadded(batch), use_cache=False).last_hidden_state
+    steps = torch.arange(batch["response"].shape[1] + 1, device=states.device) + batch["query_mask"].sum(1, keepdim=True) - 1
+    return states[torch.arange(len(states))[:, None], steps.clamp(max=states.shape[1] - 1)].float()
 
 
 def response_logprobs(network, batch, temperature=1.0, mask=None):
@@ -319,12 +317,6 @@ def response_logprobs(network, batch, temperature=1.0, mask=None):
     mask, (body, head) = response_mask(batch) if mask is None else mask, body_and_head(network)
     states, zeros = response_states(body, batch)[:, :-1][mask], torch.zeros(mask.shape, device=mask.device)
     return [zeros.masked_scatter(mask, x) for x in token_logprobs(head, states, batch["response"][mask], temperature)]
-
-
-def response_states(body, batch):
-    """-> hidden states (B, T+1, d) float32: [:, t] is the state before response token t, [:, response_len] the one at EOS."""
-    T = batch["response"].shape[1]
-    return body(**inputs(batch)).last_hidden_state[:, -T - 1 :].float()
 
 
 def apply_head(head, states):
@@ -446,7 +438,7 @@ def decoder(policy, query_mask, room):
     """-> step(tokens, keep), which gives the logits that follow, (rows, V). The first call reads the queries, (rows, Q); each
     later one a token a row, (rows, 1), of the rows that `keep` names among those of the call before (None: all of them).
     `room`, for how many tokens at most, is what the decoder of tools/static_cache.py has to know."""
-    mask, cache = query_mask, None
+    mask, cache, (body, head) = query_mask, None, body_and_head(policy)
 
     def step(tokens, keep):
         nonlocal mask, cache
@@ -457,9 +449,9 @@ def decoder(policy, query_mask, room):
             cache.batch_select_indices(keep)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         given = {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
-        out = policy(**given, use_cache=True, logits_to_keep=1)
+        out = body(**given, use_cache=True)
         cache = out.past_key_values
-        return out.logits[:, -1]
+        return last_logits(head, out.last_hidden_state)
 
     return step
 
@@ -592,15 +584,15 @@ def train_sft(s):
 
     def token_losses(batch):
         """-> the sum of the tokens' losses, and their number."""
-        (body, head), valid = body_and_head(network), torch.cat([batch["query_mask"], response_mask(batch)], 1)
-        given, has_target = inputs(batch), valid[:, 1:] & valid[:, :-1]
-        states = body(**given).last_hidden_state[:, :-1][has_target].float()
-        return -token_logprobs(head, states, given["input_ids"][:, 1:][has_target])[0].sum(), has_target.sum()
+        (body, head), ids = body_and_head(network), unpadded(batch)
+        is_target = torch.arange(1, ids.shape[1], device=ids.device) < batch["row_len"][:, None]  # all but a row's first
+        states = body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][is_target].float()
+        return -token_logprobs(head, states, ids[:, 1:][is_target])[0].sum(), is_target.sum()
 
     updates = s.sft_steps or max(1, len(rows) // s.sft_batch_size)
     for update, optimizer, metrics in training("sft", updates, s.sft_lr, nn.ModuleDict({"policy": network}), s):
         batch = encode(draw(rows, s.sft_batch_size, update, s.seed, "sft"), ["reference"], s, tokenizer, s.response_length)
-        tokens = batch["query_mask"].sum() + batch["response_len"].sum() - len(batch["query"])  # a row's first has no target
+        tokens = (batch["row_len"] - 1).sum()  # that are targets
         metrics["loss"] = 0.0
         for _, part in micro_batches(batch, s):
             loss = token_losses(part)[0] / tokens  # summed over micro-batches: the mean over all tokens
@@ -734,11 +726,10 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         logprobs, ref_logprobs, entropy, values = of_steps = torch.zeros(4, B, T, device=s.device)
         scores = torch.zeros(B, device=s.device)
         for chunk, part in micro_batches(batch, s):
-            at = chunk[:, None], torch.arange(part["response"].shape[1], device=s.device)  # its rows and columns
-            logprobs[at], entropy[at] = response_logprobs(policy, part, s.temperature, in_rest[at])
-            values[at] = apply_head(value_head, response_states(critic, part)[:, :-1])
+            logprobs[chunk], entropy[chunk] = response_logprobs(policy, part, s.temperature, in_rest[chunk])
+            values[chunk] = apply_head(value_head, response_states(critic, part)[:, :-1])
             with roles.reference() as network:
-                ref_logprobs[at], _ = response_logprobs(network, part, s.temperature, in_rest[at])
+                ref_logprobs[chunk], _ = response_logprobs(network, part, s.temperature, in_rest[chunk])
             with roles.reward() as network:
                 scores[chunk] = end_scores(network, roles.reward_head, part)
         summed(of_steps), summed(scores)  # in place, over the processes
@@ -761,16 +752,15 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
     for epoch in range(s.epochs):
         for chunk, part in micro_batches(batch, s):
-            at = chunk[:, None], torch.arange(part["response"].shape[1], device=s.device)
-            mask, rest = in_policy_loss[at], in_rest[at]
+            mask, rest = in_policy_loss[chunk], in_rest[chunk]
             part_logprobs, _ = response_logprobs(policy, part, s.temperature, rest)
             part_values = apply_head(value_head, response_states(critic, part)[:, :-1])
-            pg_loss, _ = ppo_policy_loss(part_logprobs, logprobs[at], advantages[at], mask, s.cliprange)
-            vf_loss, _ = ppo_value_loss(part_values, values[at], returns[at], rest, s.cliprange_value)
+            pg_loss, _ = ppo_policy_loss(part_logprobs, logprobs[chunk], advantages[chunk], mask, s.cliprange)
+            vf_loss, _ = ppo_value_loss(part_values, values[chunk], returns[chunk], rest, s.cliprange_value)
             # a mean over some rows, times their share of the tokens: summed up, the mean over the whole batch
             loss = pg_loss * mask.sum() / in_policy_loss.sum() + s.vf_coef * vf_loss * rest.sum() / in_rest.sum()
             loss.backward()
-            new_logprobs[epoch][at], new_values[epoch][at] = part_logprobs.detach(), part_values.detach()
+            new_logprobs[epoch][chunk], new_values[epoch][chunk] = part_logprobs.detach(), part_values.detach()
         summed(new_logprobs[epoch]), summed(new_values[epoch])
         drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
         if epoch == 0 and drift > tolerance:  # not a number goes on to `step`, which keeps the batch

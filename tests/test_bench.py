@@ -318,7 +318,8 @@ def test_official_log_probabilities_and_entropies_are_ours():
     roles, _, rows, tokenizer, s = built(settings(batch_size=12))
     ids, mask, _ = bench.official_rollouts(roles.policy, rows, 1, tokenizer, s)
     T, Q = s.response_length, s.query_length
-    batch = {"query": ids[:, :Q], "query_mask": mask[:, :Q], "response": ids[:, Q:], "response_len": torch.full((12,), T)}
+    batch = {"query": ids[:, :Q], "query_mask": mask[:, :Q], "response": ids[:, Q:], "row_len": mask.sum(1)}
+    batch["response_len"] = torch.full((12,), T)
     with torch.no_grad():
         theirs, ours = (
             bench.official_logprobs(roles.policy, ids, mask, T, 0.7),

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import drpo
-from tools import memory, rollout_check
+from tools import memory, models, rollout_check
 
 NAN = float("nan")
 WORDS = ["[UNK]", "[PAD]", "the", "<|endoftext|>", "good", *(f"w{i}" for i in range(59))]
@@ -241,9 +241,10 @@ def uniforms(seed, *shape):
 
 
 def seen(batch, t_mask):
-    """(B, T) over response steps -> (B, Q + T) over the columns at which a forward pass decides those steps."""
-    Q, columns = batch["query"].shape[1], torch.zeros(len(t_mask), batch["query"].shape[1] + t_mask.shape[1], dtype=torch.bool)
-    columns[:, Q - 1 : -1] = t_mask
+    """(B, T) over response steps -> (B, W) over the columns at which a forward pass decides those steps."""
+    columns = torch.zeros(len(t_mask), int(batch["row_len"].max()), dtype=torch.bool)
+    for row, t in t_mask.nonzero().tolist():
+        columns[row, batch["query_mask"][row].sum() - 1 + t] = True
     return columns
 
 
@@ -306,17 +307,25 @@ def test_pack_puts_queries_on_the_left_of_one_column_and_responses_on_its_right(
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 100])
-def test_micro_batches_hold_every_row_once_and_no_column_of_padding_that_none_of_them_needs(micro_batch):
+def test_micro_batches_hold_every_row_once_and_like_with_like_in_length(micro_batch):
     queries, responses, batch = ragged()
-    visited = []
+    visited, lengths = [], []
     for chunk, part in drpo.micro_batches(batch, settings(micro_batch=micro_batch)):
         assert len(chunk) <= micro_batch
-        assert part["query_mask"][:, 0].any()
         for i, row in enumerate(chunk.tolist()):
             assert part["query"][i][part["query_mask"][i]].tolist() == queries[row]
             assert part["response"][i, : part["response_len"][i]].tolist() == responses[row]
             visited.append(row)
-    assert sorted(visited) == list(range(len(queries)))
+            lengths.append(len(queries[row] + responses[row]))
+    assert sorted(visited) == list(range(len(queries))) and lengths == sorted(lengths, reverse=True)
+
+
+def test_a_pass_is_over_rows_from_column_0_and_as_wide_as_the_longest_needs():
+    queries, responses = token_lists(0, 9, 2, 5), token_lists(1, 1, 6, 3)
+    batch = drpo.pack(queries, responses, EOS, "cpu")
+    ids, rows = drpo.unpadded(batch), [query + response for query, response in zip(queries, responses)]
+    assert ids.shape == (3, 10) and batch["query"].shape[1] + batch["response"].shape[1] == 15
+    assert [ids[i, : len(row)].tolist() for i, row in enumerate(rows)] == rows
 
 
 def test_a_response_ends_with_eos_and_has_no_other():
@@ -376,6 +385,14 @@ def test_a_model_whose_logits_are_not_a_linear_map_of_its_states_is_refused(caps
     assert stopped.value.code == 2 and "scaled or capped" in capsys.readouterr().err
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_logits_to_sample_from_are_those_of_the_head_on_the_last_states(bias):
+    torch.manual_seed(0)
+    head, states = torch.nn.Linear(5, 7, bias=bias), torch.randn(3, 4, 5)
+    torch.testing.assert_close(models.last_logits(head, states), head(states[:, -1]))
+
+
 @pytest.mark.parametrize("logits_at_once", [1, 3 * 7, 1000])  # a row at a time, three rows, all eleven
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 7, dtype=torch.float32)])
 def test_token_logprobs_and_their_gradients_are_those_of_a_log_softmax(monkeypatch, logits_at_once, bias):
@@ -395,6 +412,9 @@ def test_token_logprobs_and_their_gradients_are_those_of_a_log_softmax(monkeypat
         (logprobs * direction).sum().backward()
         results.append([logprobs.detach(), entropy, *(leaf.grad for leaf in leaves)])
     for mine, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
+    frozen = SimpleNamespace(weight=weight, bias=bias)
+    for mine, wanted in zip(drpo.token_logprobs(frozen, states, tokens, 0.7), results[1]):  # where no gradient will be
         torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -433,11 +453,10 @@ def test_scoring_and_its_gradient_hold_logits_of_a_few_rows_only(monkeypatch):
 
 @every_network
 @torch.no_grad()
-def test_logprobs_would_show_a_forgotten_attention_mask(make, monkeypatch):
+def test_logprobs_would_show_padding_that_is_left_in_a_row(make, monkeypatch):
     network, batch = make(), ragged()[2]
     right, _ = drpo.response_logprobs(network, batch)
-    original = drpo.inputs
-    monkeypatch.setattr(drpo, "inputs", lambda batch: {**original(batch), "attention_mask": torch.ones(6, 16).long()})
+    monkeypatch.setattr(drpo, "unpadded", lambda batch: torch.cat([batch["query"], batch["response"]], 1))
     wrong, _ = drpo.response_logprobs(network, batch)
     gaps = torch.where(drpo.response_mask(batch), (right - wrong).abs(), 0.0).amax(1)
     padded = ~batch["query_mask"].all(1)
@@ -651,7 +670,7 @@ def test_eos_may_come_in_the_first_in_the_last_and_in_no_place(prefix):
 
 def test_a_reset_saves_decoding_steps():
     network, calls = gpt_neox(), []
-    network.register_forward_hook(lambda *_: calls.append(1))
+    network.base_model.register_forward_hook(lambda *_: calls.append(1))
     roll(network, [[5], [6, 7]], [[8] * 9, [9] * 10], uniforms(0, 2, 12), stop_at_eos=False)
     assert len(calls) == 3
 
@@ -695,18 +714,23 @@ def test_a_cuda_graph_gives_the_tokens_of_a_cache_that_grows(make):
 def test_a_token_without_probability_is_never_drawn():
     probabilities = torch.tensor([0, 0.25, 0.5, 0, 0.25, 0])
 
-    class Stub:
-        def __call__(self, input_ids, **_):
-            logits = probabilities.log().clamp(min=-1e9).expand(len(input_ids), 1, -1)
-            return SimpleNamespace(logits=logits, past_key_values=SimpleNamespace(batch_select_indices=lambda keep: None))
+    def body(input_ids, **_):  # its states are the logits, and the head changes nothing
+        states = probabilities.log().clamp(min=-1e9).expand(len(input_ids), 1, -1)
+        return SimpleNamespace(
+            last_hidden_state=states, past_key_values=SimpleNamespace(batch_select_indices=lambda keep: None)
+        )
 
+    def identity():
+        return SimpleNamespace(weight=torch.eye(len(probabilities)), bias=None)
+
+    stub = SimpleNamespace(base_model=body, get_output_embeddings=identity)
     u = torch.tensor([0.0, 0.2, 0.3, 0.7, 0.8, 1 - 2**-24])  # the first and last that torch.rand can give
-    drawn = roll(Stub(), [[5]] * 6, [[]] * 6, u[:, None], temperature=1.0, micro_batch=6)
+    drawn = roll(stub, [[5]] * 6, [[]] * 6, u[:, None], temperature=1.0, micro_batch=6)
     assert drawn == [[1], [1], [2], [2], [4], [4]]
 
     for n in range(100, 200):  # rounding: for many n these add up to less than 1
         probabilities = torch.cat([torch.ones(n) / n, torch.zeros(1)])
-        assert roll(Stub(), [[5]], [[]], u[-1:, None], temperature=1.0) == [[n - 1]]
+        assert roll(stub, [[5]], [[]], u[-1:, None], temperature=1.0) == [[n - 1]]
 
 
 @pytest.mark.parametrize("stop_at_eos", [True, False])
@@ -729,7 +753,7 @@ def test_positions_that_are_wrong_in_decoding_fail_the_check_of_rollouts(make, c
             kwargs["position_ids"] = kwargs["position_ids"] + 1
         return args, kwargs
 
-    network.register_forward_pre_hook(one_further, with_kwargs=True)
+    network.base_model.register_forward_pre_hook(one_further, with_kwargs=True)
     responses = roll(network, queries, prefixes, u)
     assert responses != sound
     with pytest.raises(SystemExit) as end:

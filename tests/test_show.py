@@ -57,7 +57,7 @@ def network(seed=0):
 
 
 LINE = re.compile(
-    r" *(\d+) +(\S+) +(\d+)  ('.*'|\".*\"|\S+) +(pad|query|response|reset prefix|sampled|EOS|after EOS) +([01]) +(\d+)(.*)"
+    r" *(\d+) +(\S+) +(\d+)  ('.*'|\".*\"|\S+) +(pad|query|response|reset prefix|sampled|EOS|after EOS) +(\d+|\.)(.*)"
 )
 
 
@@ -163,14 +163,15 @@ def test_the_score_stands_at_eos_and_without_one_at_the_last_token(run, rollouts
     assert 0 < ended < B  # both kinds were looked at
 
 
-def test_queries_are_padded_on_the_left_and_positions_start_at_their_first_token(run, rollouts):
-    _, queries, _ = run.rollouts[0]
+def test_queries_are_padded_on_the_left_and_places_count_from_their_first_token(run, rollouts):
+    responses, queries, _ = run.rollouts[0]
     width = max(map(len, queries))
-    for query, (_, rows) in zip(queries, rollouts):
+    for query, response, (_, rows) in zip(queries, responses, rollouts):
         padding = width - len(query)
         for column, row in rows.items():
             assert row["role"] == "pad" if column < padding else row["role"] != "pad"
-            assert row["attend"] == str(int(column >= padding)) and int(row["position"]) == max(0, column - padding)
+            fed = padding <= column < padding + len(query) + len(response)
+            assert row["place"] == (str(column - padding) if fed else ".")
             assert column >= width or column < padding or int(row["id"]) == query[column - padding]
             assert (row["t"] == ".") == (column < width)
 

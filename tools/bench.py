@@ -76,19 +76,19 @@ def activation_bytes(shape, lora_r, rows, query, response, dtype, checkpointing=
 
     By token and layer, in units of width: q, k, the projection that v is a view of and attention's output, 1 + 1 + 3 + 1;
     GELU's input 4; A's input 1, or with lora_r = 0 the inputs of all four matrices, 1 + 1 + 1 + 4; the norms' input 1, of
-    which autocast makes two float32 copies on CUDA. Besides: A's output, the mask, the softmax's normaliser, the norms'
+    which autocast makes two float32 copies on CUDA. Besides: A's output, the softmax's normaliser, the norms'
     means and deviations; under autocast a bfloat16 copy of each trained matrix. In the first layer nothing before A needs a
     gradient. With checkpointing: the input of every layer, and all this for one layer at a time."""
     L, d, e, tokens = shape.layers, shape.width, BYTES[dtype], rows * (query + response)
     autocast, stream = dtype == "bfloat16", e if lora_r else 4  # stream: bytes of a number between the layers
     norms = 8 if autocast and cuda and lora_r else stream
     matrices = 1 if lora_r else 7
-    layer = tokens * ((e * (10 + matrices) + norms) * d + e * (lora_r + query + response) + 4 * shape.heads + 4 * e)
+    layer = tokens * ((e * (10 + matrices) + norms) * d + e * lora_r + 4 * shape.heads + 4 * e)
     layer += autocast * 2 * (4 * lora_r * d if lora_r else 12 * d * d)
     first = tokens * d * (norms + 4 * e) if lora_r else 0
     kept = layer + 2 * L * tokens * stream * d if checkpointing else 2 * (L * layer - first)
     ends = 2 * tokens * stream * d + 2 * 4 * rows * response * d  # input of the last norms; states and slopes at the head
-    return kept + ends + 4 * rows * d * (response + 1 if autocast and not cuda else query + response)  # at the value head
+    return kept + ends + 4 * rows * d * (response + 1)  # at the value head
 
 
 def plan(shape, lora_r, micro_batch, query, response, dtype="bfloat16", checkpointing=False, cuda=True):
@@ -111,7 +111,7 @@ def plan(shape, lora_r, micro_batch, query, response, dtype="bfloat16", checkpoi
     # At prefill also a layer's intermediates, 16 wide; the cache of the layer that grows; logits, softmax and its sums. In
     # backward the gradients in a layer's MLP, 8 wide, and buffers for logits. In the step AdamW's denominators
     part["rollout"] = standing + part["cache"] * (L + 1) // L + rows * (tokens * 16 * d * e + 4 * 4 * V)
-    buffers = (4 + 4 * (dtype == "bfloat16")) * token_logprobs.LOGITS_AT_ONCE
+    buffers = (8 + 4 * (dtype == "bfloat16")) * token_logprobs.LOGITS_AT_ONCE
     backward = part["activations"] + micro_batch * tokens * 8 * d * e + buffers
     part["update"] = standing + part["gradients"] + max(backward, part["gradients"])
     return part | {"peak": max(part["rollout"], part["update"])}

@@ -33,16 +33,18 @@ KEPT = {"pad": (1, 1), "query": (3, 3), "after EOS": (1, 0)}  # what a long run 
 def show(title, batch, row, reset_len, tokenizer, names, more):
     """One line for each column of a row of the batch. names: of a token of the response, and of one after it. more: {title:
     what else to show of each response position, or of each column; "." for an empty cell}."""
-    given, inside = drpo.inputs(batch), drpo.response_mask(batch)[row].tolist()
-    sampled, Q = drpo.token_masks(reset_len, batch["response_len"], len(inside))[0][row].tolist(), batch["query"].shape[1]
-    ids, attend, position = [given[name][row].tolist() for name in ("input_ids", "attention_mask", "position_ids")]
+    inside, Q = drpo.response_mask(batch)[row].tolist(), batch["query"].shape[1]
+    sampled = drpo.token_masks(reset_len, batch["response_len"], len(inside))[0][row].tolist()
+    ids = [*batch["query"][row].tolist(), *batch["response"][row].tolist()]
+    padding, row_len = Q - int(batch["query_mask"][row].sum()), int(batch["row_len"][row])
+    place = [i - padding if padding <= i < padding + row_len else "." for i in range(len(ids))]
     roles = ["query" if real else "pad" for real in batch["query_mask"][row].tolist()] + [
         names[1] if not kept else "reset prefix" if not own else "EOS" if token == tokenizer.eos_token_id else names[0]
         for token, kept, own in zip(ids[Q:], inside, sampled)
     ]
     more = {name: ["."] * (len(ids) - len(x)) + x for name, x in more.items()}
     widths = [max(8, len(name) + 2) for name in more]
-    print(f"\n{title}\ncolumn    t      id  token               role          attend  position", end="")
+    print(f"\n{title}\ncolumn    t      id  token               role             place", end="")
     print(*(f"{name:>{width}}" for name, width in zip(more, widths)), sep="")
     for role, run in groupby(range(len(ids)), key=roles.__getitem__):
         run = list(run)
@@ -55,7 +57,7 @@ def show(title, batch, row, reset_len, tokenizer, names, more):
                 t, text = i - Q if i >= Q else ".", repr(tokenizer.decode(ids[i]))
                 cells = [x[i] if not isinstance(x[i], float) else f"{round(x[i], 3) + 0:.3f}" for x in more.values()]
                 print(
-                    f"{i:6}{t:>5}{ids[i]:8}  {text:18.18}  {role:12}{attend[i]:8}{position[i]:10}",
+                    f"{i:6}{t:>5}{ids[i]:8}  {text:18.18}  {role:12}{place[i]:>10}",
                     *(f"{x:>{width}}" for x, width in zip(cells, widths)),
                     sep="",
                 )
@@ -72,13 +74,15 @@ def lengths(row, field, s, tokenizer, length):
 
 
 def reward_columns(batch):
-    """Where drpo.end_scores reads, asked of it: with a network whose state in each column is its number. -> B numbers."""
+    """The columns in which drpo.end_scores reads, asked of it: with a network whose state at each place of a row is its number.
+    -> B numbers."""
 
     def network(input_ids, **_):
         return SimpleNamespace(last_hidden_state=torch.arange(input_ids.shape[1]).expand(input_ids.shape)[..., None])
 
     head = SimpleNamespace(weight=torch.ones(1, 1), bias=0.0)
-    return drpo.end_scores(network, head, {name: x.cpu() for name, x in batch.items()}).tolist()
+    places = drpo.end_scores(network, head, {name: x.cpu() for name, x in batch.items()})
+    return (places + (~batch["query_mask"]).sum(1).cpu()).tolist()
 
 
 def show_rows(s, count):
@@ -87,7 +91,7 @@ def show_rows(s, count):
     rows = drpo.draw(drpo.load_rows(s.dataset, "reference", s.seed)[0], s.sft_batch_size, 0, s.seed, "sft")
     pairs = drpo.draw(drpo.load_rows(s.preference_dataset, "pairs", s.seed)[0], s.rm_batch_size, 0, s.seed, "rm")
     print(
-        "attend: 0 where attention must not look (padding after the response needs no 0: no token before it can see it)\n"
+        "place: of the token in its row as the network gets it, without the padding before the query\n"
         "loss: 1 where sft learns to predict the token from those before it; reward: where the reward model is read"
     )
     batch = drpo.encode(rows, ["reference"], s, tokenizer, s.response_length)

@@ -4,12 +4,15 @@ it costs what reading weights and cache costs, and not the launch of a thousand 
 import torch
 from transformers import StaticCache
 
+from tools.models import body_and_head, last_logits
+
 
 def decoder(policy, query_mask, room):
     """As drpo.decoder, with room for that many tokens after the queries. Rows that are no longer asked for are decoded on, and
     what they give is dropped: neither the graph nor its cache may change shape."""
     rows, Q = query_mask.shape
     device, cache = query_mask.device, StaticCache(config=policy.config, max_cache_len=Q + room)
+    body, head = body_and_head(policy)
     slots, filled, graph, logits = torch.arange(rows, device=device), Q, None, None
     tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
     positions = query_mask.sum(1, keepdim=True)  # of the token that comes next
@@ -18,7 +21,7 @@ def decoder(policy, query_mask, room):
 
     def forward():
         given = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        return policy(**given, use_cache=True, logits_to_keep=1).logits
+        return last_logits(head, body(**given, use_cache=True).last_hidden_state)
 
     def capture():
         nonlocal logits
@@ -39,8 +42,8 @@ def decoder(policy, query_mask, room):
         if logits is None:  # the queries
             where = (query_mask.cumsum(1) - 1).clamp(min=0)
             given = {"input_ids": new, "attention_mask": query_mask.long(), "position_ids": where, "past_key_values": cache}
-            logits = policy(**given, use_cache=True, logits_to_keep=1).logits
-            return logits[:, -1]
+            logits = last_logits(head, body(**given, use_cache=True).last_hidden_state)
+            return logits
         slots = slots if keep is None else slots[keep]
         tokens[slots] = new
         mask[..., filled] = True
@@ -51,6 +54,6 @@ def decoder(policy, query_mask, room):
             graph.replay()
         positions.add_(1)
         filled += 1
-        return logits[slots, -1]
+        return logits[slots]
 
     return step

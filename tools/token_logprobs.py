@@ -1,40 +1,55 @@
 """ln pi(token) and the entropy from hidden states, by a log-softmax over the vocabulary that is never held whole. Imports
 nothing of drpo.py."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
 LOGITS_AT_ONCE = 2**23  # how many logits exist at a time: 32 MB of float32
 
 
+@lru_cache(maxsize=1)
+def buffers(rows, V, device):
+    """Room for logits and their softmax, (2, rows, V) float32, kept from call to call: else a CPU pages it in each time anew."""
+    return torch.empty(2, rows, V, device=device)
+
+
 class TokenLogprobs(torch.autograd.Function):
     """States (N, d), the head's weight (V, d) and bias (V,) or None, tokens (N,) -> ln pi(token | state) and the entropy of
     pi(. | state), (N,) float32 each; no gradient flows through the entropy.
 
-    Logits exist for a few rows at a time, in one buffer that the softmax overwrites: no (N, V) is held, neither now nor for
-    backward. What backward needs is one vector a token, d ln pi_a / d state = (W_a - sum_v pi_v W_v) / temperature, taken
-    while pi is at hand; the entropy follows from it, as -sum_v pi_v ln pi_v = (logit_a - sum_v pi_v logit_v) - ln pi_a."""
+    Logits exist for a few rows at a time, in a buffer: no (N, V) is held, neither now nor for backward. What the gradient
+    needs is one vector a token, d ln pi_a / d state = (W_a - sum_v pi_v W_v) / temperature. It is taken while pi is at hand,
+    and only where there will be a gradient, as it costs what the logits cost. With it, pi may overwrite its logits, and their
+    mean over pi, for the entropy ln Z - sum_v pi_v logit_v, comes from it too."""
 
     @staticmethod
     def forward(ctx, states, weight, bias, tokens, temperature):
         device, (N, V) = states.device, (len(states), len(weight))
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         h, W, size = (states / temperature).to(dtype), weight.to(dtype), max(1, LOGITS_AT_ONCE // V)
-        buffer = torch.empty(min(size, N), V, device=device)
+        slope = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        buffer, other = buffers(size, V, device)
         products = buffer if dtype == torch.float32 else torch.empty_like(buffer, dtype=dtype)
-        logprobs, entropy, slope = *torch.zeros(2, N, device=device), torch.empty_like(states)
+        pi_buffer = other if slope is None else buffer
+        logprobs, entropy = torch.zeros(2, N, device=device)
         for rows in [slice(i, i + size) for i in range(0, N, size)]:
             n = len(h[rows])
             logits = buffer[:n].copy_(torch.mm(h[rows], W.T, out=products[:n]))
             if bias is not None:
                 logits.add_(bias / temperature)
             of_token, top = logits.gather(1, tokens[rows, None])[:, 0], logits.amax(1)
-            pi = torch.softmax(logits, 1, out=logits)
-            logprobs[rows] = of_token - top + pi.amax(1).log()  # the largest pi is exp(0) / sum exp(logits - top)
-            slope[rows] = (W[tokens[rows]] - pi.to(dtype) @ W) / temperature
-            if bias is not None:
-                entropy[rows] = (bias[tokens[rows]] - pi @ bias.float()) / temperature
-        entropy += (states * slope).sum(1) - logprobs
+            pi = torch.softmax(logits, 1, out=pi_buffer[:n])
+            log_z = top - pi.amax(1).log()  # the largest pi is exp(top) / Z
+            if slope is None:
+                mean_logit = logits.mul_(pi).sum(1)
+            else:
+                slope[rows] = (W[tokens[rows]] - pi.to(dtype) @ W) / temperature
+                mean_logit = of_token - (states[rows] * slope[rows]).sum(1)
+                if bias is not None:
+                    mean_logit -= (bias[tokens[rows]] - pi @ bias.float()) / temperature
+            logprobs[rows], entropy[rows] = of_token - log_z, log_z - mean_logit
         ctx.save_for_backward(slope, states, weight, bias, tokens)
         ctx.size, ctx.dtype, ctx.temperature = size, dtype, temperature
         ctx.mark_non_differentiable(entropy)
@@ -53,7 +68,7 @@ class TokenLogprobs(torch.autograd.Function):
                 grad_logits.scatter_add_(1, tokens[rows, None], scaled)
                 grad_weight += grad_logits.to(ctx.dtype).T @ h[rows]
                 grad_bias += grad_logits.sum(0)
-        return grad[:, None] * slope, grad_weight, None if bias is None else grad_bias, None, None
+        return None if slope is None else grad[:, None] * slope, grad_weight, None if bias is None else grad_bias, None, None
 
 
 def token_logprobs(head, states, tokens, temperature=1.0):
