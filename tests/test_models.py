@@ -34,7 +34,8 @@ from transformers import (
 )
 
 import drpo
-from tools import memory, models, rollout_check
+from tools import memory, rollout_check
+from tools.models import last_logits
 
 NAN = float("nan")
 WORDS = ["[UNK]", "[PAD]", "the", "<|endoftext|>", "good", *(f"w{i}" for i in range(59))]
@@ -390,7 +391,7 @@ def test_a_model_whose_logits_are_not_a_linear_map_of_its_states_is_refused(caps
 def test_the_logits_to_sample_from_are_those_of_the_head_on_the_last_states(bias):
     torch.manual_seed(0)
     head, states = torch.nn.Linear(5, 7, bias=bias), torch.randn(3, 4, 5)
-    torch.testing.assert_close(models.last_logits(head, states), head(states[:, -1]))
+    torch.testing.assert_close(last_logits(head, states), head(states[:, -1]))
 
 
 @pytest.mark.parametrize("logits_at_once", [1, 3 * 7, 1000])  # a row at a time, three rows, all eleven

@@ -11,7 +11,7 @@ LOGITS_AT_ONCE = 2**23  # how many logits exist at a time: 32 MB of float32
 
 @lru_cache(maxsize=1)
 def buffers(rows, V, device):
-    """Room for logits and their softmax, (2, rows, V) float32, kept from call to call: else a CPU pages it in each time anew."""
+    """Room for logits and their softmax, (2, rows, V) float32, kept from call to call: a CPU pages new memory in each time."""
     return torch.empty(2, rows, V, device=device)
 
 
