@@ -34,10 +34,11 @@ How one row stands in memory (Q = 6 columns of query, T = 6 of response, a reset
     advantages                                0   0   A   A   A   0        `gae`, whitened over the mask
     A pass over whole rows leaves out the padding before the query (`unpadded`), and so needs no attention mask.
 
-Differences from the paper (P) and from the official code (C, github.com/Cornell-RL/drpo); README.md gives them all:
+Differences from the paper (P) and from the official code (C, github.com/Cornell-RL/drpo); README.md gives them all. N+ is the
+list of implementation details in Huang et al. 2024, arXiv 2403.17031:
 
-    1  one mask, the sampled tokens up to EOS, in every term: Alg. 1 stores just those. C masks the prefix in the policy loss
-       only, and nothing after EOS; `--masking official` does that
+    1  one mask, the sampled tokens up to EOS, in every term: Alg. 1 stores just those. C leaves the prefix out of the policy
+       loss only, and what follows EOS out of nothing; `--masking official` does that
     2  prefixes are of 1..n tokens, n without EOS, as in C; with `--reset_include_prompt` of 0..n, as in P, Alg. 3
     3  the prefix is fed with the prompt: a reset saves decoding steps. C forces it token by token; same distribution
     4  a response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the very last place
@@ -75,6 +76,7 @@ from tools.data import load_rows
 from tools.models import body_and_head, last_logits, load_network, load_reward, load_tokenizer, save_network, scalar_head
 from tools.token_logprobs import token_logprobs
 
+# share: this process's part of a list; summed: in place, over the processes; step: the optimizer's, on the summed gradients
 from tools.running import check_ranges, exchanged, join, precision, prepare, refuse_if_changed, relevant  # isort: skip
 from tools.running import share, step, stop, summed, training, wait_for_all, world  # isort: skip
 
@@ -116,7 +118,7 @@ class Settings:
         "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144",
         "preference pairs, from the same kinds of places",
     )
-    dtype: Literal["bfloat16", "float32"] = setting("data", "bfloat16", "of products and frozen networks; all else is float32")
+    dtype: Literal["bfloat16", "float32"] = setting("data", "bfloat16", "of products, and of networks under LoRA")
     query_length: int = setting("data", 512, "tokens of a prompt; a longer post is cut at its last newlines")
     response_length: int = setting("data", 53, "tokens of a response with its EOS, in SFT and rollouts")
     preference_length: int = setting("data", 169, "tokens of a response with its EOS in a preference pair")
@@ -139,15 +141,15 @@ class Settings:
     beta: float = setting("rl", 1.0, "probability that a rollout starts from a reset; 0 is PPO, the paper runs 1")
     reset_to: Literal["reference", "chosen"] = setting("rl", "reference", "along SFT's reference, or a pair's chosen response")
     reset_include_prompt: bool = setting("rl", False, "prefixes of 0..n tokens, not 1..n: Alg. 3; see Differences, 2")
-    masking: Literal["sampled", "official"] = setting("rl", "sampled", "what losses and statistics see; see Differences, 1")
-    temperature: float = setting("rl", 0.7, "of rollouts and of every log-probability; below 1 it sharpens the policy")
+    masking: Literal["sampled", "official"] = setting("rl", "sampled", "which tokens the losses see; see Differences, 1")
+    temperature: float = setting("rl", 0.7, "of rollouts, log-probabilities and KL in drpo and ppo; below 1 it sharpens")
     epochs: int = setting("rl", 4, "passes over each batch of rollouts; more is sample-efficient until approx_kl grows")
     kl_coef: float = setting("rl", 0.05, "price per nat of KL to the SFT policy; 0.01 - 0.2, low invites reward hacking")
     gamma: float = setting("rl", 1.0, "discount; 1 as a response is short")
     lam: float = setting("rl", 0.95, "GAE's lambda: 1 is Monte Carlo (variance), 0 trusts the critic (bias)")
     cliprange: float = setting("rl", 0.2, "PPO's epsilon; clipfrac beyond 0.3 says the steps are too large")
     cliprange_value: float = setting("rl", 0.2, "how far a value may move in one update before its loss is cut off")
-    vf_coef: float = setting("rl", 0.1, "weight of the value loss: little matters, as nothing is shared and AdamW rescales")
+    vf_coef: float = setting("rl", 0.1, "weight of the value loss: matters little, AdamW rescales, unless max_grad_norm bites")
     whiten_rewards: bool = setting("rl", True, "divide the per-token rewards by their standard deviation in the batch")
     missing_eos_score: float = setting("rl", -1.0, "score of a response that never ends")
 
@@ -196,12 +198,13 @@ def generator(seed, *key):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Data. Whatever the source, `load_rows` gives rows {prompt, reference} for SFT and RL, {prompt, chosen, rejected} for pairs.
+# 2. Data. Whatever the source, `load_rows` gives rows {prompt, reference} for SFT and RL, {prompt, chosen, rejected, batch} for
+# pairs, `batch` being the one that they were labelled in, or empty.
 
 
 def encode_query(prompt, tokenizer, length):
-    """-> at most `length` token ids. A TL;DR post that is too long loses its last line, or where there is one line only its
-    last characters, again and again: OpenAI's rule, which keeps title and "TL;DR:". Any other prompt loses its beginning."""
+    """-> at most `length` token ids. A TL;DR post or an article that is too long loses its last line, or where there is one
+    line only its last characters, again and again: OpenAI's rule; title and "TL;DR:" stay. Others lose their beginning."""
     ids = tokenizer(prompt)["input_ids"]
     head, mark, tail = prompt.rpartition("\n\nTL;DR:")
     before, label, post = head.partition("Article:" if head.startswith("Article:") else "\n\nPOST:")
@@ -223,8 +226,9 @@ def pack(queries, responses, fill, device, width=None):
     token stands in the same column in every row. The fill is any valid token: masks come from lengths, never from ids.
 
     Returns {query (B, Q) long, query_mask (B, Q) bool, response (B, T) long, response_len (B,) long, row_len (B,) long}:
-    T = `width` if given, row_len the tokens of query and response together."""
-    Q, T = max(map(len, queries)), max(map(len, responses)) if width is None else width
+    T = `width` if given, row_len the tokens of query and response as they are here."""
+    Q = max(map(len, queries))
+    T = max(map(len, responses)) if width is None else width
     query_len, response_len = [torch.tensor([len(ids) for ids in rows], device=device) for rows in (queries, responses)]
     return {
         "query": torch.tensor([[fill] * (Q - len(ids)) + ids for ids in queries], device=device),
@@ -314,7 +318,8 @@ def response_states(body, batch):
 def response_logprobs(network, batch, temperature=1.0, mask=None):
     """-> ln pi(a_t | s_t) and the entropy of pi(. | s_t), (B, T) float32 each, at the given temperature: a log-softmax of the
     head's logits, of which only a few rows exist at a time. 0 where the mask (B, T) is 0; without one: the whole response."""
-    mask, (body, head) = response_mask(batch) if mask is None else mask, body_and_head(network)
+    mask = response_mask(batch) if mask is None else mask
+    body, head = body_and_head(network)
     states, zeros = response_states(body, batch)[:, :-1][mask], torch.zeros(mask.shape, device=mask.device)
     return [zeros.masked_scatter(mask, x) for x in token_logprobs(head, states, batch["response"][mask], temperature)]
 
@@ -332,7 +337,7 @@ def end_scores(backbone, head, batch):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. The mathematics. Pure functions. Per-token tensors are (B, T) float32 over response positions; `mask` (B, T) is 1 on the
-# tokens that the policy itself sampled, up to and with EOS. What lies outside the mask, even NaN, never matters.
+# tokens that count: those that the policy itself sampled, up to and with EOS. What is outside it, even NaN, never matters.
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
@@ -367,15 +372,15 @@ def masked_whiten(x, mask, shift_mean=True):
 
 
 def penalised_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """r_t = -kl_coef * ln(pi(a_t|s_t) / pi_SFT(a_t|s_t)), plus the score at the last masked token. scores (B,) -> (B, T)."""
+    """r_t = -kl_coef * ln(pi(a_t|s_t) / pi_SFT(a_t|s_t)), and the score, (B,), at the last token in the mask -> (B, T)."""
     mask = mask.bool()
     penalty = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
-    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # one masked token from here on, this one
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # from here on one in the mask, this one
     return penalty + torch.where(is_last, scores[:, None], 0.0)
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), 0 bootstrapped after the last masked token.
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), 0 bootstrapped after the last token in the mask.
 
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t.
     (B, T) each -> advantages, returns, both 0 outside the mask."""
@@ -399,14 +404,14 @@ def log_ratio(logprobs, old_logprobs, mask):
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated: mean of max(-A rho, -A clip(rho, 1-eps, 1+eps)).
 
-    (B, T) each -> (loss, clipfrac), scalars; clipfrac is the share of masked tokens on which the clip bites."""
+    (B, T) each -> (loss, clipfrac), scalars; clipfrac is the share of tokens in the mask on which the clip bites."""
     ratio = log_ratio(logprobs, old_logprobs, mask).exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return masked_mean(torch.max(unclipped, clipped), mask), masked_mean((clipped > unclipped).float(), mask)
 
 
 def ppo_value_loss(values, old_values, returns, mask, cliprange_value):
-    """0.5 mean max((V - R)^2, (clip(V, V_old +- eps) - R)^2), official code drpo.py:866-874. (B, T) -> (loss, clipfrac)."""
+    """0.5 mean max((V - R)^2, (clip(V, V_old +- eps) - R)^2), C's drpo.py, lines 866-874. (B, T) -> (loss, clipfrac)."""
     clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     plain_error, clipped_error = [torch.where(mask.bool(), v - returns, 0.0) ** 2 for v in (values, clipped)]
     return (
@@ -427,7 +432,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
 def token_masks(reset_len, response_len, T, masking="sampled"):
     """The one place where masks are made. -> three (B, T) bool: the sampled tokens up to EOS; what the policy loss sees; what
-    the value loss, the KL reward, whitening and statistics see. All three are the first, unless masking is "official"."""
+    the value loss, the KL reward, GAE and whitening see. All three are the first, unless masking is "official"."""
     t = torch.arange(T, device=reset_len.device)
     free = t >= reset_len[:, None]
     sampled = free & (t < response_len[:, None])
@@ -435,12 +440,12 @@ def token_masks(reset_len, response_len, T, masking="sampled"):
 
 
 def decoder(policy, query_mask, room):
-    """-> step(tokens, keep), which gives the logits that follow, (rows, V). The first call reads the queries, (rows, Q); each
+    """-> next_logits(tokens, keep) -> (rows, V): the logits that follow. The first call reads the queries, (rows, Q); each
     later one a token a row, (rows, 1), of the rows that `keep` names among those of the call before (None: all of them).
     `room`, for how many tokens at most, is what the decoder of tools/static_cache.py has to know."""
     mask, cache, (body, head) = query_mask, None, body_and_head(policy)
 
-    def step(tokens, keep):
+    def next_logits(tokens, keep):
         nonlocal mask, cache
         if cache is not None:
             mask = F.pad(mask, (0, 1), value=True)
@@ -453,7 +458,7 @@ def decoder(policy, query_mask, room):
         cache = out.past_key_values
         return last_logits(head, out.last_hidden_state)
 
-    return step
+    return next_logits
 
 
 @torch.no_grad()
@@ -470,10 +475,10 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     for first in share(range(0, len(order), 4 * s.micro_batch)):
         rows = order[first : first + 4 * s.micro_batch]
         start = pack([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
-        step = (static_cache.decoder if s.static_cache else decoder)(policy, start["query_mask"], T)
-        tokens, keep = start["query"], None
+        next_logits = (static_cache.decoder if s.static_cache else decoder)(policy, start["query_mask"], T)
+        tokens, keep = start["query"], None  # the query, and the prefix behind it
         while rows:
-            cdf = (step(tokens, keep).float() / temperature).softmax(-1).cumsum(-1)
+            cdf = (next_logits(tokens, keep).float() / temperature).softmax(-1).cumsum(-1)
             u = uniforms[rows, [len(responses[row]) for row in rows]].to(cdf)[:, None]
             tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # u * cdf may round up
             for row, token in zip(rows, tokens[:, 0].tolist()):
@@ -497,9 +502,7 @@ def reset_rollouts(policy, rows, update, tokenizer, s):
     B, T, eos, rng = s.batch_size, s.response_length, tokenizer.eos_token_id, generator(s.seed, "rollout", update)
     episodes = draw(rows, B, update, s.seed, "rl")
     queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in episodes]
-    references = [
-        [token for token in encode_response(row["reference"], tokenizer, T) if token != eos][: T - 1] for row in episodes
-    ]
+    references = [encode_response(row["reference"], tokenizer, T)[:-1] for row in episodes]  # without EOS, or cut to T - 1
     reset_len = sample_reset_lengths(torch.tensor([len(ids) for ids in references]), s.beta, rng, s.reset_include_prompt)
     prefixes = [ids[:length] for ids, length in zip(references, reset_len.tolist())]
     uniforms = torch.rand(B, T, generator=rng)
@@ -509,7 +512,7 @@ def reset_rollouts(policy, rows, update, tokenizer, s):
 
         rollout_check.check(policy, queries, prefixes, responses, uniforms, tokenizer, s)
     batch = pack(queries, responses, eos, s.device, width=T) | {"reset_len": reset_len.to(s.device)}
-    batch["decoded"] = batch["response_len"] - batch["reset_len"]
+    batch["decoded"] = batch["response_len"] - batch["reset_len"]  # with official masking also after EOS
     batch["has_eos"] = torch.tensor([eos in ids for ids in responses], device=s.device)
     batch["response_len"] = torch.tensor([ids.index(eos) + 1 if eos in ids else T for ids in responses], device=s.device)
     return batch
@@ -647,9 +650,9 @@ def train_rm(s):
 
     if s.supervised_lora_r:
         backbone = backbone.merge_and_unload()  # before it is measured: in bfloat16 merging rounds
-    held_out, by_batch = held_out[:HELD_OUT_PAIRS], {}
+    held_out, by_batch, size = held_out[:HELD_OUT_PAIRS], {}, max(1, s.micro_batch // 2)  # a pair is two rows
     with torch.no_grad():
-        margins = torch.cat([pair_loss(held_out[i : i + s.micro_batch])[1] for i in range(0, len(held_out), s.micro_batch)])
+        margins = torch.cat([pair_loss(held_out[i : i + size])[1] for i in range(0, len(held_out), size)])
         references = load_rows(s.dataset, "reference", s.seed)[0][:REFERENCES_FOR_BIAS]
         scores = reference_scores(backbone, head, references, s, tokenizer)
     for right, row in zip((margins > 0).tolist(), held_out):  # N+ detail 16: accuracy differs by labelling batch
@@ -689,7 +692,7 @@ def train_dpo(s):
 
 
 def train_drpo(s, stage="drpo"):
-    """Algorithm 1 with PPO as its policy optimiser. PPO itself is this function at beta = 0."""
+    """Algorithm 1 with PPO as its policy optimiser. PPO itself is this function at beta = 0, which `run_stage` sets."""
     references, _ = load_rows(s.dataset, "reference", s.seed)
     # D_TR, what is reset to: a row's "reference" is the human one, or the preferred response of a pair
     rows = references if s.reset_to == "reference" else load_rows(s.preference_dataset, "reference", s.seed)[0]
@@ -738,10 +741,10 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
             check_first_update(log_ratios, reset_len, tolerance, s)
         scores = torch.where(batch["has_eos"], scores, s.missing_eos_score)
         rewards = penalised_rewards(scores, logprobs, ref_logprobs, sampled, s.kl_coef)
-        if s.masking == "official":  # the KL reward also outside of what was sampled
+        if s.masking == "official":  # the KL reward on all other tokens too; the score stays where it is
             rewards += penalised_rewards(0 * scores, logprobs, ref_logprobs, ~sampled, s.kl_coef)
-        whitened = masked_whiten(rewards, in_rest, shift_mean=False) if s.whiten_rewards else rewards
-        raw_advantages, returns = gae(whitened, values, in_rest, s.gamma, s.lam)
+        scaled = masked_whiten(rewards, in_rest, shift_mean=False) if s.whiten_rewards else rewards
+        raw_advantages, returns = gae(scaled, values, in_rest, s.gamma, s.lam)
         advantages = masked_whiten(raw_advantages, in_rest)
     laps.append(lap(s))
 
@@ -775,7 +778,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     mask, rest = [x.expand(s.epochs, B, T) for x in (in_policy_loss, in_rest)]  # losses and ratios: means over the epochs
     pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, mask, s.cliprange)
     vf_loss, vf_clipfrac = ppo_value_loss(new_values, values, returns, rest, s.cliprange_value)
-    drift = log_ratio(new_logprobs, logprobs, mask)
+    log_rho = log_ratio(new_logprobs, logprobs, mask)
     seconds = {phase: end - start for phase, (start, _), (end, _) in zip(PHASES, laps, laps[1:])}
     figures = {
         "score": scores.mean(),
@@ -787,11 +790,11 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         "vf_loss": vf_loss,
         "clipfrac": clipfrac,
         "vf_clipfrac": vf_clipfrac,
-        "ratio": drift.exp()[mask].mean(),
-        "ratio_var": drift.exp()[mask].var(),
-        "approx_kl": -drift[mask].mean(),
-        "approx_kl3": (drift.exp() - 1 - drift)[mask].mean(),  # Schulman's k1, k3
-        "explained_variance": 1 - (returns - values)[in_rest].var() / returns[in_rest].var(),
+        "ratio": log_rho.exp()[mask].mean(),
+        "ratio_var": log_rho.exp()[mask].var(),
+        "approx_kl": -log_rho[mask].mean(),
+        "approx_kl3": (log_rho.exp() - 1 - log_rho)[mask].mean(),  # Schulman's k1, k3
+        "explained_variance": 1 - raw_advantages[in_rest].var() / returns[in_rest].var(),
         "advantage_mean": raw_advantages[in_rest].mean(),
         "advantage_std": raw_advantages[in_rest].std(),
         "eos_rate": batch["has_eos"].float().mean(),

@@ -37,7 +37,7 @@ def decoder(policy, query_mask, room):
             logits = forward()
         return captured
 
-    def step(new, keep):
+    def next_logits(new, keep):
         nonlocal slots, filled, graph, logits
         if logits is None:  # the queries
             where = (query_mask.cumsum(1) - 1).clamp(min=0)
@@ -56,4 +56,4 @@ def decoder(policy, query_mask, room):
         filled += 1
         return logits[slots]
 
-    return step
+    return next_logits
