@@ -15,8 +15,8 @@ offline data covers. `a*` is the one good action of A in a layer, `x` a wrong on
     corridor               w_1 --------> w_2 ---> ... ---> w_{H-2}               leaving it: the end, 0
                                -c/H          -c/H                                each step in it costs c/H
 
-Its data strolls down the corridor, drops onto the chain somewhere, and there takes a wrong action: it covers every state of
-the chain, and no trajectory in it earns anything. A policy that starts from its clone and optimises what it sees, as PPO
+Its data strolls down the corridor, drops onto the chain somewhere, and there acts at random: it covers every state of the
+chain, and hardly a trajectory in it earns anything. A policy that starts from its clone and optimises what it sees, as PPO
 does, learns that the corridor costs and leaves it, and from then on never sees the chain again: the coverage is gone before
 it was used. A policy that is reset to states of the data learns the chain from its end.
 

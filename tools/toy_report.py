@@ -97,7 +97,7 @@ def claims(results):
             "... and it is no imitation",
             worst >= 0.97,
             f"worst value after {budget(drpo[10])} episodes {worst:.3f}, where the "
-            f"data's mean is {min(means):.2f} to {max(means):.2f} and its best trajectory earns {best:.0f}",
+            f"data's mean is {min(means):.2f} to {max(means):.2f} and its best trajectory earns {best:.1f}",
         )
     if long == [10]:
         add(
