@@ -24,8 +24,9 @@ from tools import report, running, show
 
 
 def prompts_padded_on_the_right(*args, **kwargs):
-    """`pack`, but with the padding between the prompt and the response, as tokenizers pad unless told otherwise. Mask and
-    positions still fit; yet what should be read off the last token of the prompt is read off a token of padding."""
+    """`pack`, but with the padding between the prompt and the response, as tokenizers pad unless told otherwise. Decoding then
+    reads off padding what it should read off the prompt's last token, and a pass over whole rows leaves out the beginning
+    of the prompt, where padding should be, and takes the padding in."""
     batch = pack(*args, **kwargs)
     order = (~batch["query_mask"]).long().argsort(dim=1, stable=True)  # the prompt first
     return batch | {name: batch[name].gather(1, order) for name in ("query", "query_mask")}
