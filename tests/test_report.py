@@ -151,6 +151,21 @@ def test_the_reward_model_as_judge_is_called_not_independent(tmp_path, no_figure
     assert "judge: rm, the run's own reward model: NOT independent" in text
 
 
+def test_a_run_on_a_task_of_the_paper_has_the_papers_table_beside_its_own(tmp_path, no_figure):
+    make_run(tmp_path / "one", {"sft": 0.25, "drpo": 0.75}, preset="tldr")
+    report.write(tmp_path / "one")
+    for seed in (1, 2):
+        make_run(tmp_path / "two" / f"seed_{seed}", {"ppo": seed / 2}, seed=seed, preset="cnndm")
+    report.write(tmp_path / "two")
+    make_run(tmp_path / "toy", {"sft": 0.25})
+    report.write(tmp_path / "toy")
+    one, two, toy = [(tmp_path / name / "report.md").read_text() for name in ("one", "two", "toy")]
+    assert "| DR-PO | here | 0.750 | 1.50 | 2.50 | 0.300 | 0.100 | 0.150 |" in one
+    assert "| DR-PO | paper | 0.702 ± 0.017 | 1.52 ± 0.09 | 16.84 ± 0.83 | 0.337 ± 0.018 |" in one
+    assert "| PPO | here | 0.750 ± 0.354 |" in two and "| PPO | paper | 0.085 | - | - | 0.236 | 0.123 | 0.186 |" in two
+    assert "| PPO | paper" not in one and "paper" not in toy
+
+
 def test_three_seeds(three_seeds, no_figure):
     text = report.write(three_seeds)
     # 0.2, 0.4, 0.6: std 0.2, and 4.303 * 0.2 / sqrt(3) = 0.497

@@ -38,6 +38,25 @@ WITH_INTERVAL = ("win_rate", "lc_win_rate", "rm_score", "kl")  # in report.md; r
 # found it from one that has not.
 FOUND = 0.30
 
+# What the paper reports of Pythia-2.8B, win rates by GPT-4: Table 1, ± over 3 seeds, and Table 3
+PAPER_KEYS = ("win_rate", "rm_score", "kl", "rouge_1", "rouge_2", "rouge_l")
+# fmt: off
+PAPER = {
+    "tldr": {
+        "sft": ("0.316 ± 0.002", "-0.51 ± 0.04", "-", "0.322 ± 0.010", "0.123 ± 0.007", "0.249 ± 0.012"),
+        "dpo": ("0.526 ± 0.004", "-", "37.33 ± 2.01", "0.300 ± 0.032", "0.079 ± 0.010", "0.221 ± 0.008"),
+        "ppo": ("0.623 ± 0.025", "1.17 ± 0.13", "16.32 ± 1.46", "0.337 ± 0.023", "0.120 ± 0.009", "0.250 ± 0.010"),
+        "drpo": ("0.702 ± 0.017", "1.52 ± 0.09", "16.84 ± 0.83", "0.337 ± 0.018", "0.119 ± 0.001", "0.251 ± 0.008"),
+    },
+    "cnndm": {
+        "sft": ("0.105", "-", "-", "0.256", "0.123", "0.200"),
+        "dpo": ("0.060", "-", "-", "0.207", "0.095", "0.157"),
+        "ppo": ("0.085", "-", "-", "0.236", "0.123", "0.186"),
+        "drpo": ("0.120", "-", "-", "0.295", "0.154", "0.229"),
+    },
+}
+# fmt: on
+
 COLOURS = {"sft": "tab:gray", "rm": "tab:purple", "dpo": "tab:green", "ppo": "tab:blue", "drpo": "tab:orange"}
 RL, TOKENS = ("ppo", "drpo"), "tokens that the policy has generated"
 PANELS = [  # key in metrics.jsonl, stages, axis, y label, title
@@ -165,6 +184,17 @@ def difference_rows(differences, interval):
         rows.append(
             [f"{label(b)} minus {label(a)}", f"{gap['mean']:+.3f}" if gap else "-", bracket(interval(gap), 3) if gap else "-"]
         )
+    return rows
+
+
+def paper_rows(methods, preset):
+    """{method: figures}, numbers or what `spread` gives -> rows for `table`: each method here and in the paper."""
+    rows = [["method", "", *(METRICS[key][0] for key in PAPER_KEYS)]]
+    for name, theirs in PAPER[preset].items():
+        if name in methods:
+            ours = [(methods[name][key], METRICS[key][1]) for key in PAPER_KEYS]
+            cells = [(plus_minus if isinstance(figure, dict) else number)(figure, digits) for figure, digits in ours]
+            rows += [[METHODS[name], "here", *cells], [METHODS[name], "paper", *theirs]]
     return rows
 
 
@@ -342,11 +372,18 @@ def history_rows(histories):
     return rows
 
 
-def publish(run, folders, samples, settings, *parts):
-    """Draws the figures, from the logs of `folders` and from all their samples, and writes report.md: the parts, the figures,
-    the settings folded away."""
+def publish(run, folders, samples, methods, settings, *parts):
+    """Draws the figures, from the logs of `folders` and from all their samples, and writes report.md: the parts, the paper's
+    table beside ours where it is of this task, the figures, the settings folded away."""
     draw(folders, settings["batch_size"], run / "curves.png")
     draw_frontier(samples, run / "frontier.png")
+    if settings["preset"] in PAPER:
+        parts += (
+            "## Beside the paper",
+            "Theirs: Pythia-2.8B-deduped, judged by GPT-4 against human references; how KL is estimated they do not say. On "
+            "CNN/DailyMail their SFT model, and no other, was trained on that data.",
+            table(paper_rows(methods, settings["preset"]), markdown=True),
+        )
     if histories := read_history(folders):
         draw_history(histories, run / "overoptimisation.png")
         parts += (
@@ -384,6 +421,7 @@ def write_single(run):
         run,
         [run],
         samples,
+        methods,
         report["settings"],
         f"# Run {run}",
         "In brackets: 95 % intervals over the prompts. At equal length: the win rate that a logistic regression on the "
@@ -466,6 +504,7 @@ def write_seeds(run, folders):
         run,
         folders,
         list(chain(*samples)),
+        methods,
         settings,
         f"# Run {run}, {len(seeds)} seeds",
         table(rows, markdown=True),
