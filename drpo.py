@@ -32,7 +32,7 @@ How one row stands in memory (Q = 6 columns of query, T = 6 of response, a reset
     reset_len = 2, response_len = 5
     rewards                                   0   0  -kl -kl -kl+score     `penalised_rewards`
     advantages                                0   0   A   A   A   0        `gae`, whitened over the mask
-    A pass over whole rows leaves out the padding before the query (`unpadded`), and so needs no attention mask.
+    A pass over whole rows gets no padding: their tokens stand one row behind another (`packed`).
 
 Differences from the paper (P) and from the official code (C, github.com/Cornell-RL/drpo); README.md gives them all. N+ is the
 list of implementation details in Huang et al. 2024, arXiv 2403.17031:
@@ -74,6 +74,7 @@ from transformers import AutoModelForSequenceClassification, HfArgumentParser
 from tools import static_cache
 from tools.data import load_rows
 from tools.models import body_and_head, last_logits, load_network, load_reward, load_tokenizer, save_network, scalar_head
+from tools.packing import row_states
 from tools.token_logprobs import token_logprobs
 
 # share: this process's part of a list; summed: in place, over the processes; step: the optimizer's, on the summed gradients
@@ -252,8 +253,8 @@ def response_mask(batch):
 
 
 def micro_batches(batch, s):
-    """Yields (row indices, batch of those rows), this process's, of at most `micro_batch` rows: rows of like length together,
-    the longest first."""
+    """Yields (row indices, batch of those rows), this process's, of at most `micro_batch` rows; the longest rows first, so that
+    what does not fit into memory fails at once."""
     order = (-batch["row_len"]).argsort(stable=True)
     for rows in share(order.split(s.micro_batch)):
         yield rows, {name: x[rows] for name, x in batch.items()}
@@ -300,19 +301,26 @@ def twin(network, lora_r, seed=0):
     return trained, frozen
 
 
-def unpadded(batch):
-    """-> ids (B, W) long, W the longest row's tokens: each row's query and response from column 0 on. Causal attention then
-    needs no mask: what stands behind the end of a row no token of it can see, and what is computed there is never used."""
-    ids, padding = torch.cat([batch["query"], batch["response"]], 1), (~batch["query_mask"]).sum(1)
-    columns = padding[:, None] + torch.arange(int(batch["row_len"].max()), device=ids.device)
-    return ids.gather(1, columns.clamp(max=ids.shape[1] - 1))
+def packed(batch):
+    """-> ids (N,) long: the tokens of all rows, query and response, one row behind another and no padding; row_len, the list
+    of their lengths; before (B, T+1) long: where in ids the token before response token t stands."""
+    T, query_len = batch["response"].shape[1], batch["query_mask"].sum(1)
+    in_response = torch.arange(T, device=query_len.device) < (batch["row_len"] - query_len)[:, None]
+    is_token = torch.cat([batch["query_mask"], in_response], 1)
+    place = (is_token.flatten().cumsum(0) - 1).view(is_token.shape)
+    return torch.cat([batch["query"], batch["response"]], 1)[is_token], batch["row_len"].tolist(), place[:, -T - 1 :]
 
 
-def response_states(body, batch):
-    """-> hidden states (B, T+1, d) float32: [:, t] is the state before response token t, [:, response_len] the one at EOS."""
-    states = body(input_ids=unpadded(batch), use_cache=False).last_hidden_state
-    steps = torch.arange(batch["response"].shape[1] + 1, device=states.device) + batch["query_mask"].sum(1, keepdim=True) - 1
-    return states[torch.arange(len(states))[:, None], steps.clamp(max=states.shape[1] - 1)].float()
+def response_states(body, batch, mask):
+    """-> (n, d) float32: the hidden state before each response token in the mask, (B, T) bool, row by row; in a mask
+    (B, T+1) the last column is the state behind the last token."""
+    ids, row_len, before = packed(batch)
+    return row_states(body, ids, row_len, before[:, : mask.shape[1]][mask])
+
+
+def spread(x, mask):
+    """(n,) -> (B, T): x where the mask is 1, row by row, and 0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
 
 
 def response_logprobs(network, batch, temperature=1.0, mask=None):
@@ -320,8 +328,8 @@ def response_logprobs(network, batch, temperature=1.0, mask=None):
     head's logits, of which only a few rows exist at a time. 0 where the mask (B, T) is 0; without one: the whole response."""
     mask = response_mask(batch) if mask is None else mask
     body, head = body_and_head(network)
-    states, zeros = response_states(body, batch)[:, :-1][mask], torch.zeros(mask.shape, device=mask.device)
-    return [zeros.masked_scatter(mask, x) for x in token_logprobs(head, states, batch["response"][mask], temperature)]
+    states = response_states(body, batch, mask)
+    return [spread(x, mask) for x in token_logprobs(head, states, batch["response"][mask], temperature)]
 
 
 def apply_head(head, states):
@@ -329,10 +337,15 @@ def apply_head(head, states):
     return (states * head.weight[0]).sum(-1) + head.bias
 
 
+def response_values(critic, head, batch, mask):
+    """V(s_t), (B, T) float32, 0 where the mask (B, T) is 0."""
+    return spread(apply_head(head, response_states(critic, batch, mask)), mask)
+
+
 def end_scores(backbone, head, batch):
     """The reward of whole responses, (B,) float32: the head on the state at the last token, which is EOS if there is one."""
-    states = response_states(backbone, batch)
-    return apply_head(head, states[torch.arange(len(states)), batch["response_len"]])
+    steps = torch.arange(batch["response"].shape[1] + 1, device=batch["response"].device)
+    return apply_head(head, response_states(backbone, batch, steps == batch["response_len"][:, None]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -587,10 +600,10 @@ def train_sft(s):
 
     def token_losses(batch):
         """-> the sum of the tokens' losses, and their number."""
-        (body, head), ids = body_and_head(network), unpadded(batch)
-        is_target = torch.arange(1, ids.shape[1], device=ids.device) < batch["row_len"][:, None]  # all but a row's first
-        states = body(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][is_target].float()
-        return -token_logprobs(head, states, ids[:, 1:][is_target])[0].sum(), is_target.sum()
+        (body, head), (ids, row_len, _) = body_and_head(network), packed(batch)
+        has_next = torch.ones_like(ids, dtype=torch.bool).index_fill(0, batch["row_len"].cumsum(0) - 1, False)
+        at = has_next.nonzero()[:, 0]
+        return -token_logprobs(head, row_states(body, ids, row_len, at), ids[at + 1])[0].sum(), len(at)
 
     updates = s.sft_steps or max(1, len(rows) // s.sft_batch_size)
     for update, optimizer, metrics in training("sft", updates, s.sft_lr, nn.ModuleDict({"policy": network}), s):
@@ -608,7 +621,7 @@ def train_sft(s):
     held_out = held_out[: s.eval_samples]
     with torch.no_grad():
         batch = encode(held_out, ["reference"], s, tokenizer, s.response_length)
-        sums = [[x.item() for x in token_losses(part)] for _, part in micro_batches(batch, s)]
+        sums = [[float(x) for x in token_losses(part)] for _, part in micro_batches(batch, s)]
     total, count = summed(torch.tensor(sums, dtype=torch.double).reshape(-1, 2).sum(0)).tolist()
     loss = total / count
     rouge_l = rouge(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out)
@@ -730,7 +743,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         scores = torch.zeros(B, device=s.device)
         for chunk, part in micro_batches(batch, s):
             logprobs[chunk], entropy[chunk] = response_logprobs(policy, part, s.temperature, in_rest[chunk])
-            values[chunk] = apply_head(value_head, response_states(critic, part)[:, :-1])
+            values[chunk] = response_values(critic, value_head, part, in_rest[chunk])
             with roles.reference() as network:
                 ref_logprobs[chunk], _ = response_logprobs(network, part, s.temperature, in_rest[chunk])
             with roles.reward() as network:
@@ -757,7 +770,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         for chunk, part in micro_batches(batch, s):
             mask, rest = in_policy_loss[chunk], in_rest[chunk]
             part_logprobs, _ = response_logprobs(policy, part, s.temperature, rest)
-            part_values = apply_head(value_head, response_states(critic, part)[:, :-1])
+            part_values = response_values(critic, value_head, part, rest)
             pg_loss, _ = ppo_policy_loss(part_logprobs, logprobs[chunk], advantages[chunk], mask, s.cliprange)
             vf_loss, _ = ppo_value_loss(part_values, values[chunk], returns[chunk], rest, s.cliprange_value)
             # a mean over some rows, times their share of the tokens: summed up, the mean over the whole batch

@@ -79,7 +79,7 @@ def full_rows(s, rows, shape=SMALL):
 def loss(roles, batch):
     """What drpo.drpo_update makes of a micro-batch before it goes backward, less PPO."""
     logprobs, _ = drpo.response_logprobs(roles.policy, batch, 0.7)
-    values = drpo.apply_head(roles.value_head, drpo.response_states(roles.critic, batch)[:, :-1])
+    values = drpo.response_values(roles.critic, roles.value_head, batch, drpo.response_mask(batch))
     return logprobs.sum() + (values**2).sum()
 
 

@@ -36,6 +36,7 @@ from transformers import (
 import drpo
 from tools import memory, rollout_check
 from tools.models import last_logits
+from tools.packing import row_states
 
 NAN = float("nan")
 WORDS = ["[UNK]", "[PAD]", "the", "<|endoftext|>", "good", *(f"w{i}" for i in range(59))]
@@ -242,11 +243,25 @@ def uniforms(seed, *shape):
 
 
 def seen(batch, t_mask):
-    """(B, T) over response steps -> (B, W) over the columns at which a forward pass decides those steps."""
-    columns = torch.zeros(len(t_mask), int(batch["row_len"].max()), dtype=torch.bool)
+    """(B, T) over response steps -> (N,) over the tokens of all rows: those at which a forward pass decides these steps."""
+    starts = [0, *batch["row_len"].cumsum(0).tolist()]
+    tokens = torch.zeros(starts[-1], dtype=torch.bool)
     for row, t in t_mask.nonzero().tolist():
-        columns[row, batch["query_mask"][row].sum() - 1 + t] = True
-    return columns
+        tokens[starts[row] + batch["query_mask"][row].sum() - 1 + t] = True
+    return tokens
+
+
+@pytest.fixture
+def leaf(monkeypatch):
+    """The states of all tokens in the last pass, cut off from the network: leaf.states.grad is what came back to them."""
+    kept = SimpleNamespace()
+
+    def states_from_a_leaf(body, ids, row_len, places):
+        kept.states = row_states(body, ids, row_len, torch.arange(len(ids))).detach().requires_grad_()
+        return kept.states[places]
+
+    monkeypatch.setattr(drpo, "row_states", states_from_a_leaf)
+    return kept
 
 
 @torch.no_grad()
@@ -321,12 +336,21 @@ def test_micro_batches_hold_every_row_once_and_like_with_like_in_length(micro_ba
     assert sorted(visited) == list(range(len(queries))) and lengths == sorted(lengths, reverse=True)
 
 
-def test_a_pass_is_over_rows_from_column_0_and_as_wide_as_the_longest_needs():
+def test_a_pass_is_over_the_rows_one_behind_another_without_padding():
     queries, responses = token_lists(0, 9, 2, 5), token_lists(1, 1, 6, 3)
-    batch = drpo.pack(queries, responses, EOS, "cpu")
-    ids, rows = drpo.unpadded(batch), [query + response for query, response in zip(queries, responses)]
-    assert ids.shape == (3, 10) and batch["query"].shape[1] + batch["response"].shape[1] == 15
-    assert [ids[i, : len(row)].tolist() for i, row in enumerate(rows)] == rows
+    ids, row_len, before = drpo.packed(drpo.pack(queries, responses, EOS, "cpu", width=8))
+    assert ids.tolist() == [token for query, response in zip(queries, responses) for token in query + response]
+    assert row_len == [10, 8, 8] and before.shape == (3, 9)
+    assert before[0, :2].tolist() == [8, 9]  # the last token of the query, and the only one of the response
+    assert before[1, :7].tolist() == [11, 12, 13, 14, 15, 16, 17]
+    assert before[2, :4].tolist() == [22, 23, 24, 25]
+
+
+def test_tokens_behind_an_eos_are_in_a_pass_where_a_rollout_went_on():
+    batch = drpo.pack([[7], [8, 9]], [[4, EOS, 5], [EOS, 5, 6]], EOS, "cpu") | {"response_len": torch.tensor([2, 1])}
+    ids, row_len, before = drpo.packed(batch)  # as with --masking official
+    assert ids.tolist() == [7, 4, EOS, 5, 8, 9, EOS, 5, 6] and row_len == [4, 5]
+    assert before.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
 
 
 def test_a_response_ends_with_eos_and_has_no_other():
@@ -386,6 +410,50 @@ def test_a_model_whose_logits_are_not_a_linear_map_of_its_states_is_refused(caps
     assert stopped.value.code == 2 and "scaled or capped" in capsys.readouterr().err
 
 
+def unable_to_tell_rows_apart(seed=0):
+    """A body that never hears of the rows in a pass, as one whose states go on from token to token by other ways."""
+    network = gpt_neox(seed)
+    forward = network.base_model.forward
+    network.base_model.forward = lambda *args, row_len=None, **given: forward(*args, **given)
+    return network
+
+
+def without_positions(seed=0):
+    """Learned positions, counted from the beginning of the pass whatever it is told."""
+    network = gpt2(seed)
+    forward = network.base_model.forward
+    network.base_model.forward = lambda *args, position_ids=None, **given: forward(*args, **given)
+    return network
+
+
+def short_sighted(seed=0):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return tiny(MistralConfig, MistralForCausalLM, seed, intermediate_size=64, num_key_value_heads=2, sliding_window=8)
+
+
+@pytest.mark.parametrize("make", [unable_to_tell_rows_apart, without_positions])
+def test_a_model_whose_rows_cannot_stand_one_behind_another_is_refused(make, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        drpo.load_network(f"{__name__}:{make.__name__}", settings())
+    assert stopped.value.code == 2 and "which row stands before" in capsys.readouterr().err
+
+
+def test_a_model_of_another_build_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("tools.packing.GradientCheckpointingLayer", nn.Bilinear)  # which it has none of
+    with pytest.raises(SystemExit) as stopped:
+        drpo.load_network(f"{__name__}:gpt_neox", settings())
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "not built from" in err and len(err.splitlines()) == 1
+
+
+def test_a_model_that_sees_fewer_tokens_than_a_row_has_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        drpo.load_network(f"{__name__}:short_sighted", settings(query_length=8, response_length=4))
+    assert stopped.value.code == 2 and "sees 8 tokens only" in capsys.readouterr().err
+    drpo.load_network(f"{__name__}:short_sighted", settings(query_length=2, response_length=4, preference_length=6))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_logits_to_sample_from_are_those_of_the_head_on_the_last_states(bias):
@@ -440,28 +508,45 @@ def test_scoring_and_its_gradient_hold_logits_of_a_few_rows_only(monkeypatch):
     """Six rows of seven steps have 6 * 7 * 64 = 2,688 logits; 4 rows at a time, in two buffers, are 512."""
     monkeypatch.setattr("tools.token_logprobs.LOGITS_AT_ONCE", 4 * VOCABULARY)
     network, (_, _, batch) = gpt_neox(), ragged()
-    states = drpo.response_states(network.base_model, batch).detach().requires_grad_()
-    leaf = SimpleNamespace(
-        base_model=lambda **given: SimpleNamespace(last_hidden_state=states),
-        get_output_embeddings=network.get_output_embeddings,
-    )
+    states = drpo.response_states(network.base_model, batch, drpo.response_mask(batch)).detach().requires_grad_()
+    monkeypatch.setattr(drpo, "row_states", lambda *_: states)
     network.requires_grad_(False)  # as under LoRA: the head is frozen
     with LargestTensor() as largest:
-        drpo.sequence_logprobs(leaf, batch).sum().backward()
+        drpo.sequence_logprobs(network, batch).sum().backward()
     assert largest.numel <= max(2 * 4 * VOCABULARY, VOCABULARY * 32, states.numel())  # the buffers, W transposed, the states
     assert states.grad.abs().sum() > 0
 
 
 @every_network
 @torch.no_grad()
-def test_logprobs_would_show_padding_that_is_left_in_a_row(make, monkeypatch):
+def test_logprobs_would_show_rows_that_see_each_other(make, monkeypatch):
     network, batch = make(), ragged()[2]
     right, _ = drpo.response_logprobs(network, batch)
-    monkeypatch.setattr(drpo, "unpadded", lambda batch: torch.cat([batch["query"], batch["response"]], 1))
+    monkeypatch.setattr(drpo, "row_states", lambda body, ids, row_len, at: row_states(body, ids, [len(ids)], at))
     wrong, _ = drpo.response_logprobs(network, batch)
     gaps = torch.where(drpo.response_mask(batch), (right - wrong).abs(), 0.0).amax(1)
-    padded = ~batch["query_mask"].all(1)
-    assert (gaps[padded] > 1e-2).all() and (gaps[~padded] < 1e-5).all()
+    assert (gaps[1:] > 1e-2).all() and gaps[0] < 1e-5
+
+
+@every_network
+def test_the_last_mlp_sees_the_tokens_that_are_asked_for_and_no_gradient_changes(make, monkeypatch):
+    """Held against all states, of which the same are then taken."""
+    network, (_, _, batch) = make(), ragged()
+    body, (ids, row_len, before) = network.base_model, drpo.packed(batch)
+    at, seen = before[:, :-1][drpo.response_mask(batch)], []
+    last = (body.h if hasattr(body, "h") else body.layers)[-1].mlp
+    gradients = []
+    for places in (at, torch.arange(len(ids))):
+        network.zero_grad()
+        counted = last.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))
+        states = row_states(body, ids, row_len, places)
+        counted.remove()
+        states = states if places is at else states[at]
+        (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
+        gradients.append([states.detach(), *(p.grad.clone() for p in body.parameters() if p.grad is not None)])
+    assert seen == [len(at), len(ids)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -486,10 +571,12 @@ def test_what_stands_in_the_padding_never_matters():
 def test_the_score_is_the_head_on_the_state_at_the_last_token_of_the_single_row(make):
     backbone, (queries, responses, batch) = make().base_model, ragged()
     head = drpo.scalar_head(torch.randn(1, 32, generator=torch.Generator().manual_seed(0)), 0.25)
-    states, scores = drpo.response_states(backbone, batch), drpo.end_scores(backbone, head, batch)
+    steps, scores = torch.arange(batch["response"].shape[1] + 1), drpo.end_scores(backbone, head, batch)
+    states = drpo.response_states(backbone, batch, steps <= batch["response_len"][:, None])
+    states = states.split([len(response) + 1 for response in responses])
     for row, (query, response) in enumerate(zip(queries, responses)):
         single = backbone(torch.tensor([query + response])).last_hidden_state[0]
-        torch.testing.assert_close(states[row, : len(response) + 1], single[len(query) - 1 :], rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[row], single[len(query) - 1 :], rtol=0, atol=1e-5)
         torch.testing.assert_close(scores[row], head(single[-1])[0], rtol=0, atol=1e-5)
 
 
@@ -545,12 +632,14 @@ def test_the_reward_stays_while_the_critic_trains(start, tmp_path, lora_r):
     critic, reward = drpo.twin(backbone, lora_r)
     value_head = copy.deepcopy(reward_head).requires_grad_(True)
 
+    everywhere = torch.arange(batch["response"].shape[1] + 1) <= batch["response_len"][:, None]  # and behind the last token
+
     def values():
-        return drpo.apply_head(value_head, drpo.response_states(critic, batch))
+        return drpo.response_values(critic, value_head, batch, everywhere)
 
     with torch.no_grad(), reward() as network:
         before = drpo.end_scores(network, reward_head, batch)
-        assert torch.equal(values()[torch.arange(6), batch["response_len"]], before)  # the critic starts as it
+        torch.testing.assert_close(values()[torch.arange(6), batch["response_len"]], before)  # the critic starts as it
     train_a_little([*critic.parameters(), *value_head.parameters()], lambda: (values() - 5.0).pow(2).mean())
     with torch.no_grad(), reward() as network:
         assert torch.equal(drpo.end_scores(network, reward_head, batch), before)
@@ -799,34 +888,22 @@ def sampled_mask(batch):
     return drpo.token_masks(torch.tensor([1, 0, 4, 0, 1, 3]), batch["response_len"], 7)[0]
 
 
-def test_only_the_decisions_that_the_policy_sampled_get_a_policy_gradient():
+def test_only_the_decisions_that_the_policy_sampled_get_a_policy_gradient(leaf):
     network, (_, _, batch) = gpt_neox(), ragged()
-    mask, advantages, body = sampled_mask(batch), torch.linspace(-2, 3, 42).reshape(6, 7), network.base_model
-
-    def with_leaf(**given):
-        with_leaf.states = body(**given).last_hidden_state.detach().requires_grad_()  # over all columns
-        return SimpleNamespace(last_hidden_state=with_leaf.states)
-
-    leaf = SimpleNamespace(base_model=with_leaf, get_output_embeddings=network.get_output_embeddings)
+    mask, advantages = sampled_mask(batch), torch.linspace(-2, 3, 42).reshape(6, 7)
     for given in (None, mask):  # computed on the whole response, or where it is needed
-        logprobs, _ = drpo.response_logprobs(leaf, batch, 0.7, given)
+        logprobs, _ = drpo.response_logprobs(network, batch, 0.7, given)
         drpo.ppo_policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2)[0].backward()
-        touched = (with_leaf.states.grad != 0).any(-1)
-        assert torch.equal(touched, seen(batch, mask))
+        assert torch.equal((leaf.states.grad != 0).any(-1), seen(batch, mask))
 
 
-def test_only_the_states_in_which_the_policy_acted_get_a_value_gradient():
+def test_only_the_states_in_which_the_policy_acted_get_a_value_gradient(leaf):
     backbone, (_, _, batch) = gpt_neox().base_model, ragged()
     mask, head = sampled_mask(batch), drpo.scalar_head(torch.ones(1, 32))
-
-    def with_leaf(**given):
-        with_leaf.states = backbone(**given).last_hidden_state.detach().requires_grad_()
-        return SimpleNamespace(last_hidden_state=with_leaf.states)
-
-    values = drpo.apply_head(head, drpo.response_states(with_leaf, batch)[:, :-1])
-    drpo.ppo_value_loss(values, values.detach(), values.detach() + 1.0, mask, 0.2)[0].backward()
-    touched = (with_leaf.states.grad != 0).any(-1)
-    assert torch.equal(touched, seen(batch, mask))
+    for given in (drpo.response_mask(batch), mask):
+        values = drpo.response_values(backbone, head, batch, given)
+        drpo.ppo_value_loss(values, values.detach(), values.detach() + 1.0, mask, 0.2)[0].backward()
+        assert torch.equal((leaf.states.grad != 0).any(-1), seen(batch, mask))
 
 
 def test_nan_outside_the_mask_does_not_reach_the_networks_gradient():
@@ -946,7 +1023,8 @@ def test_the_score_lands_on_eos_wherever_it_stands_and_no_eos_costs_the_penalty(
         with torch.no_grad():
             states = reward.base_model(torch.tensor([query + ids])).last_hidden_state[0]
             every = reward.score(states)[:, 0] - reward.config.reward_bias
-        torch.testing.assert_close(values[i, : len(ids)], every[len(query) - 1 : -1], rtol=0, atol=1e-5)
+        wanted = torch.where(mask[i, : len(ids)], every[len(query) - 1 : -1], 0.0)
+        torch.testing.assert_close(values[i, : len(ids)], wanted, rtol=0, atol=1e-5)
         scores.append(every[-1].item() if EOS in ids else -7.0)
     wanted = torch.zeros(3, T)
     wanted[0, 2], wanted[1, 7], wanted[2, 7] = torch.tensor(scores)

@@ -127,7 +127,7 @@ def test_the_rollouts_shown_are_those_of_the_first_update(run, rollouts):
         assert [row["t"] for row in by_t] == [str(t) for t in range(len(responses[n]))]
         assert [row["role"] == "reset prefix" for row in by_t] == [t < len(prefixes[n]) for t in range(len(by_t))]
         for name, x in {"log pi": logprobs, "log pi_SFT": logprobs, "value": values, "reward": rewards}.items():
-            start = len(prefixes[n]) if "log" in name else 0  # training asks for log pi where the policy acted only
+            start = 0 if name == "reward" else len(prefixes[n])  # the rest training asks for where the policy acted only
             assert [float(row[name]) for row in by_t][start:] == pytest.approx(x[n, start : len(by_t)].tolist(), abs=1e-3), name
         assert {float(row["KL"]) for row in by_t} == {0.0}
         assert f"reset_len {len(prefixes[n])} of" in title and f"response_len {len(by_t)}," in title

@@ -78,7 +78,8 @@ def activation_bytes(shape, lora_r, rows, query, response, dtype, checkpointing=
     GELU's input 4; A's input 1, or with lora_r = 0 the inputs of all four matrices, 1 + 1 + 1 + 4; the norms' input 1, of
     which autocast makes two float32 copies on CUDA. Besides: A's output, the softmax's normaliser, the norms'
     means and deviations; under autocast a bfloat16 copy of each trained matrix. In the first layer nothing before A needs a
-    gradient. With checkpointing: the input of every layer, and all this for one layer at a time."""
+    gradient; in the last one the MLP has the response only. With checkpointing: the input of every layer, and all this for one
+    layer at a time."""
     L, d, e, tokens = shape.layers, shape.width, BYTES[dtype], rows * (query + response)
     autocast, stream = dtype == "bfloat16", e if lora_r else 4  # stream: bytes of a number between the layers
     norms = 8 if autocast and cuda and lora_r else stream
@@ -86,7 +87,8 @@ def activation_bytes(shape, lora_r, rows, query, response, dtype, checkpointing=
     layer = tokens * ((e * (10 + matrices) + norms) * d + e * lora_r + 4 * shape.heads + 4 * e)
     layer += autocast * 2 * (4 * lora_r * d if lora_r else 12 * d * d)
     first = tokens * d * (norms + 4 * e) if lora_r else 0
-    kept = layer + 2 * L * tokens * stream * d if checkpointing else 2 * (L * layer - first)
+    last = rows * query * e * d * (4 if lora_r else 9)
+    kept = layer + 2 * L * tokens * stream * d if checkpointing else 2 * (L * layer - first - last)
     ends = 2 * tokens * stream * d + 2 * 4 * rows * response * d  # input of the last norms; states and slopes at the head
     return kept + ends + 4 * rows * d * (response + 1)  # at the value head
 

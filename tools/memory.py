@@ -17,6 +17,7 @@ def checkpoint_layers(modules):
         stop("--checkpoint_activations: this model has no layers that transformers knows how to checkpoint")
     for layer in layers:
         layer.forward = computed_twice(layer.forward)
+        layer.gradient_checkpointing = True  # says so; in eval mode transformers does no more with it
 
 
 def computed_twice(forward):

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from tools.data import call, resolve
+from tools.packing import row_states
 from tools.running import stop, wait_for_all, world
 
 
@@ -54,7 +55,23 @@ def load_network(name, s, cls=AutoModelForCausalLM, full=False, **kwargs):
         with torch.no_grad():  # `response_logprobs` makes logits of states itself
             if not torch.allclose(head(body(some).last_hidden_state), network(some).logits, 1e-3, 1e-3, equal_nan=True):
                 stop(f"--model {name}: its logits are scaled or capped, and not just a linear map of its last states")
+    check_packing(network.base_model, name, s)
     return network
+
+
+@torch.no_grad()
+def check_packing(body, name, s):
+    """Stops where a row's states are not what they are without the other rows in the pass, or with the whole row in sight."""
+    ids, swapped = torch.arange(4, device=s.device), torch.tensor([2, 3, 0, 1], device=s.device)
+    try:
+        states, other = row_states(body, ids, [2, 2], ids), row_states(body, swapped, [2, 2], ids)
+    except Exception as error:  # every way in which an architecture can be another
+        stop(f"--model {name}: is not built from transformers' layers and attention (see tools/packing.py): {error}")
+    if not torch.allclose(states, other[swapped], 1e-2, 1e-2, equal_nan=True):
+        stop(f"--model {name}: the states of a row depend on which row stands before it in a pass (see tools/packing.py)")
+    window, longest = getattr(body.config, "sliding_window", None), s.query_length + max(s.response_length, s.preference_length)
+    if window and longest > window:
+        stop(f"--model {name}: its attention sees {window} tokens only, and a row may have {longest}: shorten --query_length")
 
 
 def load_reward(folder, s, full=False):

@@ -19,14 +19,13 @@ from unittest import mock
 import torch
 
 import drpo
-from drpo import apply_head, pack, penalised_rewards, response_states, stop, twin  # as they are, whatever is planted
+from drpo import apply_head, pack, penalised_rewards, stop, twin  # as they are, whatever is planted
 from tools import report, running, show
 
 
 def prompts_padded_on_the_right(*args, **kwargs):
     """`pack`, but with the padding between the prompt and the response, as tokenizers pad unless told otherwise. Decoding then
-    reads off padding what it should read off the prompt's last token, and a pass over whole rows leaves out the beginning
-    of the prompt, where padding should be, and takes the padding in."""
+    reads off padding what it should read off the prompt's last token. Passes over whole rows leave out any padding."""
     batch = pack(*args, **kwargs)
     order = (~batch["query_mask"]).long().argsort(dim=1, stable=True)  # the prompt first
     return batch | {name: batch[name].gather(1, order) for name in ("query", "query_mask")}
@@ -39,8 +38,11 @@ def reference_that_is_trained(network, lora_r, seed=0):
 
 
 def score_read_at_padding(backbone, head, batch):
-    """`end_scores`, but read in the last column of the batch: on padding, in all rows but the longest."""
-    return apply_head(head, response_states(backbone, batch)[:, -1])
+    """`end_scores`, but of padded rows and in the last column: on padding, in all rows but those with the longest response."""
+    mask = torch.cat([batch["query_mask"], torch.ones_like(batch["response"])], 1)
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    states = backbone(input_ids=torch.cat([batch["query"], batch["response"]], 1), **given, use_cache=False).last_hidden_state
+    return apply_head(head, states[:, -1].float())
 
 
 def reward_put_on_padding(scores, logprobs, ref_logprobs, mask, kl_coef):

@@ -16,10 +16,11 @@ def check(policy, queries, prefixes, responses, uniforms, tokenizer, s):
     slack, drawn, near = 1e-4 if s.dtype == "float32" else 0.1, 0, 0
     body, head = drpo.body_and_head(policy)
     for rows, part in drpo.micro_batches(drpo.pack(queries, responses, tokenizer.eos_token_id, s.device), s):
-        for row, states in zip(rows.tolist(), drpo.response_states(body, part)):
+        states = drpo.response_states(body, part, drpo.response_mask(part)).split(part["response_len"].tolist())
+        for row, of_row in zip(rows.tolist(), states):
             steps = slice(len(prefixes[row]), len(responses[row]))
             tokens = torch.tensor(responses[row][steps], device=s.device)[:, None]
-            cdf = (head(states[steps].to(head.weight.dtype)).float() / s.temperature).softmax(-1).cumsum(-1)
+            cdf = (head(of_row[steps].to(head.weight.dtype)).float() / s.temperature).softmax(-1).cumsum(-1)
             u = uniforms[row, steps].to(cdf)[:, None] * cdf[:, -1:]
             low = torch.where(tokens > 0, cdf.gather(1, (tokens - 1).clamp(min=0)), 0.0)
             outside = torch.maximum(low - u, u - cdf.gather(1, tokens))[:, 0]  # how far u is from what draws the token

@@ -19,6 +19,7 @@ import textwrap
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 
@@ -74,15 +75,12 @@ def lengths(row, field, s, tokenizer, length):
 
 
 def reward_columns(batch):
-    """The columns in which drpo.end_scores reads, asked of it: with a network whose state at each place of a row is its number.
-    -> B numbers."""
-
-    def network(input_ids, **_):
-        return SimpleNamespace(last_hidden_state=torch.arange(input_ids.shape[1]).expand(input_ids.shape)[..., None])
-
+    """The columns in which drpo.end_scores reads, asked of it: with each token's place for its state. -> B numbers."""
     head = SimpleNamespace(weight=torch.ones(1, 1), bias=0.0)
-    places = drpo.end_scores(network, head, {name: x.cpu() for name, x in batch.items()})
-    return (places + (~batch["query_mask"]).sum(1).cpu()).tolist()
+    with patch.object(drpo, "row_states", lambda body, ids, row_len, places: places[:, None]):
+        places = drpo.end_scores(None, head, batch)
+    starts, padding = batch["row_len"].cumsum(0) - batch["row_len"], (~batch["query_mask"]).sum(1)
+    return (places - starts + padding).int().tolist()
 
 
 def show_rows(s, count):
@@ -133,7 +131,7 @@ def of_steps(batch, masks, roles, s):
     logprobs, ref_logprobs = [
         drpo.response_logprobs(network, batch, s.temperature, everywhere)[0] for network in (roles.policy, roles.reference)
     ]
-    values = drpo.apply_head(roles.value_head, drpo.response_states(roles.critic, batch)[:, :-1])
+    values = drpo.response_values(roles.critic, roles.value_head, batch, everywhere)
     scores = torch.where(batch["has_eos"], drpo.end_scores(roles.reward, roles.reward_head, batch), s.missing_eos_score)
     rewards = drpo.penalised_rewards(scores, logprobs, ref_logprobs, masks[0], s.kl_coef)
     if s.masking == "official":  # the KL reward also outside of what was sampled
