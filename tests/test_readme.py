@@ -253,6 +253,16 @@ def test_the_table_of_the_ablation_is_that_of_the_reports(run):
     assert [float(cell) for cell in row[2:4]] == [round(figures["rm_score"]["mean"], 2), round(figures["kl"]["mean"], 1)]
 
 
+@pytest.mark.parametrize(
+    "run, other, quoted",
+    [("beta_1", "gate", "−{:.3f} against β = 0.6"), ("beta_1_prompt", "beta_1", "+{:.3f}")],
+)
+def test_the_differences_beside_the_ablation_are_those_of_the_reports(run, other, quoted):
+    one, two = [report_of(each)["methods"]["drpo"]["win_rate"]["values"] for each in (run, other)]
+    difference, text = spread([a - b for a, b in zip(one, two, strict=True)]), " ".join(TOY.split())
+    assert quoted.format(abs(difference["mean"])) in text and interval(difference).replace("-", "−") in text
+
+
 @pytest.mark.parametrize("method", report.METHODS)
 def test_the_table_of_the_real_run_is_that_of_its_report(method):
     figures, heading = report_of("smollm2")["methods"][method], next(line for line in REAL.splitlines() if "| at equal" in line)

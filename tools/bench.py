@@ -282,7 +282,8 @@ def model_flops(roles, s, tokens, decoded):
     """FLOPs that one update needs, by phase. tokens (B,): of query and response, row by row; decoded: in all.
 
     Forward 2 for each weight and token; backward 2 for the input's gradient, and 2 for a trained weight's own. Attention
-    4 x width a layer for each token and each before it, backward twice that. The head over the vocabulary: tokens decoded."""
+    4 x width a layer for each token and each before it, backward twice that. The head over the vocabulary: tokens decoded. The
+    last layer's MLP is counted for all tokens, as in any model, though those that are decoded suffice."""
     body, head = drpo.body_and_head(roles.policy)
     weights = [p for p in body.parameters() if p.ndim == 2 and p is not body.get_input_embeddings().weight]
     trained, frozen = [sum(p.numel() for p in weights if p.requires_grad is kind) for kind in (True, False)]
