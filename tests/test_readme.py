@@ -140,12 +140,11 @@ QUOTED = {
     "right_padding": lambda log, healthy: [
         f"at most {max(log['score']):.2f}",
         f"healthy {max(healthy['score']):.2f}",
-        f"{log['entropy'][0]:.2f} at update 1, healthy {healthy['entropy'][0]:.2f}",
+        f"`kl` {log['kl'][-1]:.2f} in the last, healthy {healthy['kl'][-1]:.2f}",
     ],
     "score_at_padding": lambda log, healthy: [f"{log['score'][0]:.2f}, healthy {healthy['score'][0]:.2f}"],
     "reward_on_padding": lambda log, healthy: [
         f"at best {max(log['explained_variance']):.1f}",
-        f"({min(log['kl']):.2f} in",
         f"{healthy['explained_variance'][0]:.1f} at first, then up to {max(healthy['explained_variance']):.1f}",
     ],
     "trained_reference": lambda log, healthy: [
