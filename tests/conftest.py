@@ -1,11 +1,24 @@
 """The repository root goes on the path, so that `import drpo` works from wherever pytest is started."""
 
+import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
+import huggingface_hub
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+@pytest.fixture(autouse=True)
+def hub_as_it_was():
+    """Where the Hub cannot be reached, `tools/preflight.py` goes offline for the rest of the process: here, of the test."""
+    with (
+        patch.dict(os.environ),
+        patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", huggingface_hub.constants.HF_HUB_OFFLINE),
+    ):
+        yield
 
 
 @pytest.fixture
