@@ -32,7 +32,7 @@ How one row stands in memory (Q = 6 columns of query, T = 6 of response, a reset
     reset_len = 2, response_len = 5
     rewards                                   0   0  -kl -kl -kl+score     `penalised_rewards`
     advantages                                0   0   A   A   A   0        `gae`, whitened over the mask
-    A pass over whole rows gets no padding: their tokens stand one row behind another (`packed`).
+    A pass over whole rows sees no padding: it reads them as one long row, one after another (`packed`).
 
 Differences from the paper (P) and from the official code (C, github.com/Cornell-RL/drpo); README.md gives them all. N+ is the
 list of implementation details in Huang et al. 2024, arXiv 2403.17031:
@@ -222,12 +222,12 @@ def encode_response(text, tokenizer, length):
     return ([token for token in ids if token != tokenizer.eos_token_id] + [tokenizer.eos_token_id])[:length]
 
 
-def pack(queries, responses, fill, device, width=None):
+def padded(queries, responses, fill, device, width=None):
     """Lists of token ids -> one batch: queries padded on the left, responses on the right, so that the first response
     token stands in the same column in every row. The fill is any valid token: masks come from lengths, never from ids.
 
     Returns {query (B, Q) long, query_mask (B, Q) bool, response (B, T) long, response_len (B,) long, row_len (B,) long}:
-    T = `width` if given, row_len the tokens of query and response as they are here."""
+    T = `width` if given; row_len counts query and response, and is not cut at an EOS as response_len is later."""
     Q = max(map(len, queries))
     T = max(map(len, responses)) if width is None else width
     query_len, response_len = [torch.tensor([len(ids) for ids in rows], device=device) for rows in (queries, responses)]
@@ -244,7 +244,7 @@ def encode(rows, fields, s, tokenizer, length):
     """A batch of all rows with row[fields[0]] as the response, then all of them with row[fields[1]], if there are two."""
     queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows]
     responses = [encode_response(row[field], tokenizer, length) for field in fields for row in rows]
-    return pack(queries * len(fields), responses, tokenizer.eos_token_id, s.device)
+    return padded(queries * len(fields), responses, tokenizer.eos_token_id, s.device)
 
 
 def response_mask(batch):
@@ -254,7 +254,7 @@ def response_mask(batch):
 
 def micro_batches(batch, s):
     """Yields (row indices, batch of those rows), this process's, of at most `micro_batch` rows; the longest rows first, so that
-    what does not fit into memory fails at once."""
+    a batch that does not fit into memory fails at its beginning."""
     order = (-batch["row_len"]).argsort(stable=True)
     for rows in share(order.split(s.micro_batch)):
         yield rows, {name: x[rows] for name, x in batch.items()}
@@ -302,8 +302,8 @@ def twin(network, lora_r, seed=0):
 
 
 def packed(batch):
-    """-> ids (N,) long: the tokens of all rows, query and response, one row behind another and no padding; row_len, the list
-    of their lengths; before (B, T+1) long: where in ids the token before response token t stands."""
+    """-> ids (N,) long: the tokens of query and response, row after row, without padding; lengths, a list: of the rows;
+    before (B, T+1) long: where in ids the token before response step t stands, which for t = response_len is the last one."""
     T, query_len = batch["response"].shape[1], batch["query_mask"].sum(1)
     in_response = torch.arange(T, device=query_len.device) < (batch["row_len"] - query_len)[:, None]
     is_token = torch.cat([batch["query_mask"], in_response], 1)
@@ -312,14 +312,14 @@ def packed(batch):
 
 
 def response_states(body, batch, mask):
-    """-> (n, d) float32: the hidden state before each response token in the mask, (B, T) bool, row by row; in a mask
-    (B, T+1) the last column is the state behind the last token."""
-    ids, row_len, before = packed(batch)
-    return row_states(body, ids, row_len, before[:, : mask.shape[1]][mask])
+    """-> (n, d) float32, row after row: the hidden states that the response steps in the mask are decided from, each at the
+    token before. The mask is (B, T) bool, or (B, T+1) where what would follow the last token is of interest, too."""
+    ids, lengths, before = packed(batch)
+    return row_states(body, ids, lengths, before[:, : mask.shape[1]][mask])
 
 
-def spread(x, mask):
-    """(n,) -> (B, T): x where the mask is 1, row by row, and 0 elsewhere."""
+def put_into(mask, x):
+    """(B, T), (n,) -> (B, T): x at the n places where the mask is 1, row after row, and 0 elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
 
 
@@ -329,7 +329,7 @@ def response_logprobs(network, batch, temperature=1.0, mask=None):
     mask = response_mask(batch) if mask is None else mask
     body, head = body_and_head(network)
     states = response_states(body, batch, mask)
-    return [spread(x, mask) for x in token_logprobs(head, states, batch["response"][mask], temperature)]
+    return [put_into(mask, x) for x in token_logprobs(head, states, batch["response"][mask], temperature)]
 
 
 def apply_head(head, states):
@@ -339,7 +339,7 @@ def apply_head(head, states):
 
 def response_values(critic, head, batch, mask):
     """V(s_t), (B, T) float32, 0 where the mask (B, T) is 0."""
-    return spread(apply_head(head, response_states(critic, batch, mask)), mask)
+    return put_into(mask, apply_head(head, response_states(critic, batch, mask)))
 
 
 def end_scores(backbone, head, batch):
@@ -487,9 +487,9 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     order = sorted(range(len(queries)), key=lambda row: -len(prefixes[row]))
     for first in share(range(0, len(order), 4 * s.micro_batch)):
         rows = order[first : first + 4 * s.micro_batch]
-        start = pack([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
+        start = padded([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
         next_logits = (static_cache.decoder if s.static_cache else decoder)(policy, start["query_mask"], T)
-        tokens, keep = start["query"], None  # the query, and the prefix behind it
+        tokens, keep = start["query"], None  # the query, and the prefix after it
         while rows:
             cdf = (next_logits(tokens, keep).float() / temperature).softmax(-1).cumsum(-1)
             u = uniforms[rows, [len(responses[row]) for row in rows]].to(cdf)[:, None]
@@ -510,7 +510,7 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
 def reset_rollouts(policy, rows, update, tokenizer, s):
     """Alg. 1, lines 3 and 4: the rollouts of one update. Rows, resets and uniforms depend on seed and update number alone.
 
-    -> a batch as of `pack`, T = response_length wide, whose response_len ends at the first EOS, and with reset_len (B,) long,
+    -> a batch as of `padded`, T = response_length wide, whose response_len ends at the first EOS, and with reset_len (B,) long,
     has_eos (B,) bool and decoded (B,) long: how many tokens the policy itself had to produce."""
     B, T, eos, rng = s.batch_size, s.response_length, tokenizer.eos_token_id, generator(s.seed, "rollout", update)
     episodes = draw(rows, B, update, s.seed, "rl")
@@ -524,7 +524,7 @@ def reset_rollouts(policy, rows, update, tokenizer, s):
         from tools import rollout_check
 
         rollout_check.check(policy, queries, prefixes, responses, uniforms, tokenizer, s)
-    batch = pack(queries, responses, eos, s.device, width=T) | {"reset_len": reset_len.to(s.device)}
+    batch = padded(queries, responses, eos, s.device, width=T) | {"reset_len": reset_len.to(s.device)}
     batch["decoded"] = batch["response_len"] - batch["reset_len"]  # with official masking also after EOS
     batch["has_eos"] = torch.tensor([eos in ids for ids in responses], device=s.device)
     batch["response_len"] = torch.tensor([ids.index(eos) + 1 if eos in ids else T for ids in responses], device=s.device)
@@ -551,7 +551,7 @@ def per_row(function, rows, responses, s, tokenizer):
     """function(batch) -> (B,), over all rows with these responses (lists of ids), in micro-batches -> (rows,) on the CPU."""
     queries, out = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows], torch.zeros(len(rows))
     with torch.no_grad():
-        for chunk, part in micro_batches(pack(queries, responses, tokenizer.eos_token_id, s.device), s):
+        for chunk, part in micro_batches(padded(queries, responses, tokenizer.eos_token_id, s.device), s):
             out[chunk.cpu()] = function(part).float().cpu()
     return summed(out)
 
@@ -579,7 +579,7 @@ def rouge(texts, rows, kind="rougeL"):
 
 
 def train_sft(s):
-    """Supervised fine-tuning: cross-entropy over query and response (as the official sft.py), padding ignored."""
+    """Supervised fine-tuning: cross-entropy over query and response, as in the official sft.py."""
     rows, held_out = load_rows(s.dataset, "reference", s.seed)
     tokenizer = load_tokenizer(s.tokenizer or s.model, s)
     network = load_network(s.model, s, full=not s.supervised_lora_r)
@@ -600,10 +600,10 @@ def train_sft(s):
 
     def token_losses(batch):
         """-> the sum of the tokens' losses, and their number."""
-        (body, head), (ids, row_len, _) = body_and_head(network), packed(batch)
+        (body, head), (ids, lengths, _) = body_and_head(network), packed(batch)
         has_next = torch.ones_like(ids, dtype=torch.bool).index_fill(0, batch["row_len"].cumsum(0) - 1, False)
-        at = has_next.nonzero()[:, 0]
-        return -token_logprobs(head, row_states(body, ids, row_len, at), ids[at + 1])[0].sum(), len(at)
+        places = has_next.nonzero()[:, 0]  # every token but a row's last predicts the next one
+        return -token_logprobs(head, row_states(body, ids, lengths, places), ids[places + 1])[0].sum(), len(places)
 
     updates = s.sft_steps or max(1, len(rows) // s.sft_batch_size)
     for update, optimizer, metrics in training("sft", updates, s.sft_lr, nn.ModuleDict({"policy": network}), s):

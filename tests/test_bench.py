@@ -73,7 +73,7 @@ def full_rows(s, rows, shape=SMALL):
     rng = torch.Generator().manual_seed(0)
     queries = torch.randint(1, shape.vocabulary, (rows, s.query_length), generator=rng).tolist()
     responses = torch.randint(1, shape.vocabulary, (rows, s.response_length), generator=rng).tolist()
-    return drpo.pack([queries[0][1:], *queries[1:]], responses, bench.EOS, "cpu")
+    return drpo.padded([queries[0][1:], *queries[1:]], responses, bench.EOS, "cpu")
 
 
 def loss(roles, batch):

@@ -446,13 +446,13 @@ def test_a_response_that_is_too_long_has_no_eos(letters):
 
 
 def test_pack_pads_queries_on_the_left_and_responses_on_the_right():
-    batch = drpo.pack([[5, 6, 7], [8]], [[1], [2, 3]], fill=9, device="cpu", width=4)
+    batch = drpo.padded([[5, 6, 7], [8]], [[1], [2, 3]], fill=9, device="cpu", width=4)
     assert batch["query"].tolist() == [[5, 6, 7], [9, 9, 8]]
     assert batch["query_mask"].tolist() == [[True, True, True], [False, False, True]]
     assert batch["response"].tolist() == [[1, 9, 9, 9], [2, 3, 9, 9]] and batch["response_len"].tolist() == [1, 2]
     assert batch["row_len"].tolist() == [4, 3]
-    assert drpo.pack([[5]], [[1, 2]], fill=9, device="cpu")["response"].shape == (1, 2)
-    assert drpo.pack([[5]], [[]], fill=9, device="cpu")["response"].shape == (1, 0)
+    assert drpo.padded([[5]], [[1, 2]], fill=9, device="cpu")["response"].shape == (1, 2)
+    assert drpo.padded([[5]], [[]], fill=9, device="cpu")["response"].shape == (1, 0)
     assert {name: x.dtype for name, x in batch.items()} == {
         "query": torch.long,
         "query_mask": torch.bool,

@@ -235,7 +235,7 @@ def token_lists(seed, *lengths):
 def ragged(seed=0):
     """-> queries, responses and their batch. The padding is a token that real rows contain."""
     queries, responses = token_lists(seed, 1, 4, 9, 6, 9, 2), token_lists(seed + 1, 3, 1, 7, 5, 2, 7)
-    return queries, responses, drpo.pack(queries, responses, EOS, "cpu")
+    return queries, responses, drpo.padded(queries, responses, EOS, "cpu")
 
 
 def uniforms(seed, *shape):
@@ -256,8 +256,8 @@ def leaf(monkeypatch):
     """The states of all tokens in the last pass, cut off from the network: leaf.states.grad is what came back to them."""
     kept = SimpleNamespace()
 
-    def states_from_a_leaf(body, ids, row_len, places):
-        kept.states = row_states(body, ids, row_len, torch.arange(len(ids))).detach().requires_grad_()
+    def states_from_a_leaf(body, ids, lengths, places):
+        kept.states = row_states(body, ids, lengths, torch.arange(len(ids))).detach().requires_grad_()
         return kept.states[places]
 
     monkeypatch.setattr(drpo, "row_states", states_from_a_leaf)
@@ -313,13 +313,13 @@ def test_a_batch_larger_than_the_data_repeats_rows_evenly():
 
 
 def test_pack_puts_queries_on_the_left_of_one_column_and_responses_on_its_right():
-    batch = drpo.pack([[7], [4, 5, 6]], [[8, 9], [EOS]], EOS, "cpu")
+    batch = drpo.padded([[7], [4, 5, 6]], [[8, 9], [EOS]], EOS, "cpu")
     assert batch["query"].tolist() == [[EOS, EOS, 7], [4, 5, 6]]
     assert batch["query_mask"].tolist() == [[False, False, True], [True, True, True]]
     assert batch["response"].tolist() == [[8, 9], [EOS, EOS]]
     assert batch["response_len"].tolist() == [2, 1]
     assert drpo.response_mask(batch).tolist() == [[True, True], [True, False]]
-    assert drpo.pack([[7]], [[8]], EOS, "cpu", width=4)["response"].tolist() == [[8, EOS, EOS, EOS]]
+    assert drpo.padded([[7]], [[8]], EOS, "cpu", width=4)["response"].tolist() == [[8, EOS, EOS, EOS]]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 100])
@@ -336,20 +336,20 @@ def test_micro_batches_hold_every_row_once_and_like_with_like_in_length(micro_ba
     assert sorted(visited) == list(range(len(queries))) and lengths == sorted(lengths, reverse=True)
 
 
-def test_a_pass_is_over_the_rows_one_behind_another_without_padding():
+def test_a_pass_is_over_the_rows_one_after_another_without_padding():
     queries, responses = token_lists(0, 9, 2, 5), token_lists(1, 1, 6, 3)
-    ids, row_len, before = drpo.packed(drpo.pack(queries, responses, EOS, "cpu", width=8))
+    ids, lengths, before = drpo.packed(drpo.padded(queries, responses, EOS, "cpu", width=8))
     assert ids.tolist() == [token for query, response in zip(queries, responses) for token in query + response]
-    assert row_len == [10, 8, 8] and before.shape == (3, 9)
+    assert lengths == [10, 8, 8] and before.shape == (3, 9)
     assert before[0, :2].tolist() == [8, 9]  # the last token of the query, and the only one of the response
     assert before[1, :7].tolist() == [11, 12, 13, 14, 15, 16, 17]
     assert before[2, :4].tolist() == [22, 23, 24, 25]
 
 
-def test_tokens_behind_an_eos_are_in_a_pass_where_a_rollout_went_on():
-    batch = drpo.pack([[7], [8, 9]], [[4, EOS, 5], [EOS, 5, 6]], EOS, "cpu") | {"response_len": torch.tensor([2, 1])}
-    ids, row_len, before = drpo.packed(batch)  # as with --masking official
-    assert ids.tolist() == [7, 4, EOS, 5, 8, 9, EOS, 5, 6] and row_len == [4, 5]
+def test_tokens_after_an_eos_are_in_a_pass_where_a_rollout_went_on():
+    batch = drpo.padded([[7], [8, 9]], [[4, EOS, 5], [EOS, 5, 6]], EOS, "cpu") | {"response_len": torch.tensor([2, 1])}
+    ids, lengths, before = drpo.packed(batch)  # as with --masking official
+    assert ids.tolist() == [7, 4, EOS, 5, 8, 9, EOS, 5, 6] and lengths == [4, 5]
     assert before.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
 
 
@@ -414,7 +414,7 @@ def unable_to_tell_rows_apart(seed=0):
     """A body that never hears of the rows in a pass, as one whose states go on from token to token by other ways."""
     network = gpt_neox(seed)
     forward = network.base_model.forward
-    network.base_model.forward = lambda *args, row_len=None, **given: forward(*args, **given)
+    network.base_model.forward = lambda *args, row_lengths=None, **given: forward(*args, **given)
     return network
 
 
@@ -426,23 +426,38 @@ def without_positions(seed=0):
     return network
 
 
+def with_sinks(seed=0):
+    """An attention that hands over more than queries, keys and values."""
+    network = gpt_neox(seed)
+    forward = network.base_model.forward
+    network.base_model.forward = lambda *args, **given: forward(*args, **given, s_aux=torch.zeros(4))
+    return network
+
+
+def last_layer_twice(seed=0):
+    """Its last layer feeds another: the MLP there is needed for all tokens."""
+    network = gpt_neox(seed)
+    layers = network.base_model.layers
+    layers.append(layers[-1])
+    return network
+
+
 def short_sighted(seed=0):
     from transformers import MistralConfig, MistralForCausalLM
 
     return tiny(MistralConfig, MistralForCausalLM, seed, intermediate_size=64, num_key_value_heads=2, sliding_window=8)
 
 
-@pytest.mark.parametrize("make", [unable_to_tell_rows_apart, without_positions])
-def test_a_model_whose_rows_cannot_stand_one_behind_another_is_refused(make, capsys):
+@pytest.mark.parametrize("make", [unable_to_tell_rows_apart, without_positions, last_layer_twice])
+def test_a_model_whose_rows_cannot_stand_one_after_another_is_refused(make, capsys):
     with pytest.raises(SystemExit) as stopped:
         drpo.load_network(f"{__name__}:{make.__name__}", settings())
     assert stopped.value.code == 2 and "which row stands before" in capsys.readouterr().err
 
 
-def test_a_model_of_another_build_is_refused_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("tools.packing.GradientCheckpointingLayer", nn.Bilinear)  # which it has none of
+def test_a_model_of_another_build_is_refused_in_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
-        drpo.load_network(f"{__name__}:gpt_neox", settings())
+        drpo.load_network(f"{__name__}:with_sinks", settings())
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and "not built from" in err and len(err.splitlines()) == 1
 
@@ -522,7 +537,7 @@ def test_scoring_and_its_gradient_hold_logits_of_a_few_rows_only(monkeypatch):
 def test_logprobs_would_show_rows_that_see_each_other(make, monkeypatch):
     network, batch = make(), ragged()[2]
     right, _ = drpo.response_logprobs(network, batch)
-    monkeypatch.setattr(drpo, "row_states", lambda body, ids, row_len, at: row_states(body, ids, [len(ids)], at))
+    monkeypatch.setattr(drpo, "row_states", lambda body, ids, lengths, places: row_states(body, ids, [len(ids)], places))
     wrong, _ = drpo.response_logprobs(network, batch)
     gaps = torch.where(drpo.response_mask(batch), (right - wrong).abs(), 0.0).amax(1)
     assert (gaps[1:] > 1e-2).all() and gaps[0] < 1e-5
@@ -532,14 +547,14 @@ def test_logprobs_would_show_rows_that_see_each_other(make, monkeypatch):
 def test_the_last_mlp_sees_the_tokens_that_are_asked_for_and_no_gradient_changes(make, monkeypatch):
     """Held against all states, of which the same are then taken."""
     network, (_, _, batch) = make(), ragged()
-    body, (ids, row_len, before) = network.base_model, drpo.packed(batch)
+    body, (ids, lengths, before) = network.base_model, drpo.packed(batch)
     at, seen = before[:, :-1][drpo.response_mask(batch)], []
     last = (body.h if hasattr(body, "h") else body.layers)[-1].mlp
     gradients = []
     for places in (at, torch.arange(len(ids))):
         network.zero_grad()
         counted = last.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[1]))
-        states = row_states(body, ids, row_len, places)
+        states = row_states(body, ids, lengths, places)
         counted.remove()
         states = states if places is at else states[at]
         (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum().backward()
@@ -587,7 +602,7 @@ def test_a_saved_reward_model_gives_its_scores_with_transformers_alone(start, tm
     queries = token_lists(0, 1, 4, 9, 6)
     responses = [[token for token in ids if token != EOS] + [EOS] for ids in token_lists(1, 3, 1, 7, 5)]
     with torch.no_grad():
-        scores = drpo.end_scores(*drpo.load_reward(f"{tmp_path}/rm", s), drpo.pack(queries, responses, EOS, "cpu"))
+        scores = drpo.end_scores(*drpo.load_reward(f"{tmp_path}/rm", s), drpo.padded(queries, responses, EOS, "cpu"))
     alone = torch.cat([logits_of(loaded, query + response) for query, response in zip(queries, responses)])
     torch.testing.assert_close(alone - loaded.config.reward_bias, scores, rtol=0, atol=1e-5)
     assert scores.std() > 0.1
@@ -632,7 +647,7 @@ def test_the_reward_stays_while_the_critic_trains(start, tmp_path, lora_r):
     critic, reward = drpo.twin(backbone, lora_r)
     value_head = copy.deepcopy(reward_head).requires_grad_(True)
 
-    everywhere = torch.arange(batch["response"].shape[1] + 1) <= batch["response_len"][:, None]  # and behind the last token
+    everywhere = torch.arange(batch["response"].shape[1] + 1) <= batch["response_len"][:, None]  # and after the last token
 
     def values():
         return drpo.response_values(critic, value_head, batch, everywhere)

@@ -95,9 +95,9 @@ def test_every_plant_replaces_functions_that_drpo_calls_and_the_healthy_run_repl
 
 def test_right_padding_moves_the_padding_behind_the_prompt_and_nothing_else():
     queries, responses = [[5, 6, 7], [8]], [[1], [2, 3]]
-    good = drpo.pack(queries, responses, 0, "cpu")
+    good = drpo.padded(queries, responses, 0, "cpu")
     with planting("right_padding"):
-        wrong = drpo.pack(queries, responses, 0, "cpu")
+        wrong = drpo.padded(queries, responses, 0, "cpu")
     assert good["query"].tolist() == [[5, 6, 7], [0, 0, 8]] and wrong["query"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert wrong["query_mask"].tolist() == [[True, True, True], [True, False, False]]
     assert all((wrong[name] == good[name]).all() for name in ("response", "response_len"))
@@ -117,7 +117,7 @@ def test_the_trained_reference_moves_with_the_policy_and_the_reward_model_stays(
 
 def test_the_score_at_padding_differs_just_where_there_is_padding():
     backbone, head = toy_env.tiny_pythia().base_model.eval(), drpo.scalar_head(torch.arange(128.0)[None])
-    batch = drpo.pack([[5, 6], [7, 8]], [[9, 10, 0], [11, 0]], 0, "cpu")
+    batch = drpo.padded([[5, 6], [7, 8]], [[9, 10, 0], [11, 0]], 0, "cpu")
     with torch.no_grad():
         good = drpo.end_scores(backbone, head, batch)
         with planting("score_at_padding"):

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one forward pass without any padding: they stand one behind another, as one long row, and
+"""Rows of different lengths in one forward pass without padding: the body reads them as one long row, one after another, and
 attention is computed of each apart. Imports nothing of drpo.py."""
 
 import contextlib
@@ -9,13 +9,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for every new length, and here lengths always are
 
-def attention_by_row(module, query, key, value, attention_mask, row_len=None, **kwargs):
-    """transformers' "sdpa", but where a pass is given row_len, the lengths of the rows in it, of each row apart.
-    query, key, value (1, heads, N, d) -> (1, N, heads, d), and None for the weights."""
-    if row_len is None:
+
+def attention_by_row(module, query, key, value, attention_mask, row_lengths=None, **kwargs):
+    """transformers' "sdpa"; in a pass that is given row_lengths, a list, of each row apart. There query is (1, heads, N, d),
+    key and value (1, heads or fewer, N, d) -> (1, N, heads, d), and None for the weights. ValueError for what it cannot do."""
+    if kwargs.get("s_aux") is not None or (row_lengths and attention_mask is not None):
+        raise ValueError("its attention has sinks or a mask of its own")
+    if not row_lengths:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = zip(*(x.split(row_len, 2) for x in (query, key, value)))
+    rows = zip(*(x.split(row_lengths, 2) for x in (query, key, value)))
     return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], 1), None
 
 
@@ -30,10 +34,11 @@ AttentionMaskInterface.register("by_row", mask_of_padding)
 
 @contextlib.contextmanager
 def last_mlp_at(body, places, N):
-    """Inside, the last layer's MLP sees only the tokens at `places` (n,) of the N, and gives 0 for the others: no other token's
-    state depends on it. Not with activation checkpointing, whose second pass comes when this is over."""
-    layer = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)][-1]
-    if layer.gradient_checkpointing and torch.is_grad_enabled():
+    """Inside, the last layer's MLP sees only the tokens at `places` (n,) of the N, and gives 0 for the others. Their states are
+    then wrong, and nothing reads them. Not with activation checkpointing, whose second pass comes when this is over."""
+    layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    if mlp is None or (layers[-1].gradient_checkpointing and torch.is_grad_enabled()):
         yield
         return
 
@@ -42,8 +47,8 @@ def last_mlp_at(body, places, N):
         states[:, places] = out
         return states
 
-    before = layer.mlp.register_forward_pre_hook(lambda mlp, given: given[0][:, places])
-    after = layer.mlp.register_forward_hook(put_back)
+    before = mlp.register_forward_pre_hook(lambda mlp, given: given[0].index_select(1, places))
+    after = mlp.register_forward_hook(put_back)
     try:
         yield
     finally:
@@ -51,12 +56,12 @@ def last_mlp_at(body, places, N):
         after.remove()
 
 
-def row_states(body, ids, row_len, places):
-    """-> (n, d) float32: the body's last hidden states at `places` (n,) of ids (N,) long, in which rows of `row_len` tokens, a
-    list, stand one behind another. A row's states are those that it has alone."""
+def row_states(body, ids, lengths, places):
+    """-> (n, d) float32: the body's last hidden states at `places` (n,) of ids (N,) long, in which rows of `lengths` tokens, a
+    list, stand one after another. A row's states are those that it has alone. For gradients no place may be named twice."""
     if body.config._attn_implementation != "by_row":
         body.set_attn_implementation("by_row")
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in row_len])
+    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
     with last_mlp_at(body, places, len(ids)):
-        out = body(input_ids=ids[None], position_ids=positions[None], row_len=row_len, use_cache=False)
+        out = body(input_ids=ids[None], position_ids=positions[None], row_lengths=lengths, use_cache=False)
     return out.last_hidden_state[0].index_select(0, places).float()

@@ -19,14 +19,14 @@ from unittest import mock
 import torch
 
 import drpo
-from drpo import apply_head, pack, penalised_rewards, stop, twin  # as they are, whatever is planted
+from drpo import apply_head, padded, penalised_rewards, stop, twin  # as they are, whatever is planted
 from tools import report, running, show
 
 
 def prompts_padded_on_the_right(*args, **kwargs):
-    """`pack`, but with the padding between the prompt and the response, as tokenizers pad unless told otherwise. Decoding then
-    reads off padding what it should read off the prompt's last token. Passes over whole rows leave out any padding."""
-    batch = pack(*args, **kwargs)
+    """`padded`, but with the padding between the prompt and the response, as tokenizers pad unless told otherwise. Decoding
+    then reads off padding what it should read off the prompt's last token. Passes over whole rows leave out any padding."""
+    batch = padded(*args, **kwargs)
     order = (~batch["query_mask"]).long().argsort(dim=1, stable=True)  # the prompt first
     return batch | {name: batch[name].gather(1, order) for name in ("query", "query_mask")}
 
@@ -59,7 +59,7 @@ def no_resets(reference_lengths, *_, **__):
 
 PLANTS = {  # name: {function of drpo.py: what stands in its place}
     "healthy": {},
-    "right_padding": {"pack": prompts_padded_on_the_right},
+    "right_padding": {"padded": prompts_padded_on_the_right},
     "trained_reference": {"twin": reference_that_is_trained},
     "score_at_padding": {"end_scores": score_read_at_padding},
     "reward_on_padding": {"penalised_rewards": reward_put_on_padding},

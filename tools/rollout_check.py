@@ -15,7 +15,7 @@ def check(policy, queries, prefixes, responses, uniforms, tokenizer, s):
     Arguments and result as of drpo.rollout: B lists of ids each, uniforms (B, T)."""
     slack, drawn, near = 1e-4 if s.dtype == "float32" else 0.1, 0, 0
     body, head = drpo.body_and_head(policy)
-    for rows, part in drpo.micro_batches(drpo.pack(queries, responses, tokenizer.eos_token_id, s.device), s):
+    for rows, part in drpo.micro_batches(drpo.padded(queries, responses, tokenizer.eos_token_id, s.device), s):
         states = drpo.response_states(body, part, drpo.response_mask(part)).split(part["response_len"].tolist())
         for row, of_row in zip(rows.tolist(), states):
             steps = slice(len(prefixes[row]), len(responses[row]))

@@ -77,7 +77,8 @@ def lengths(row, field, s, tokenizer, length):
 def reward_columns(batch):
     """The columns in which drpo.end_scores reads, asked of it: with each token's place for its state. -> B numbers."""
     head = SimpleNamespace(weight=torch.ones(1, 1), bias=0.0)
-    with patch.object(drpo, "row_states", lambda body, ids, row_len, places: places[:, None]):
+    with patch.object(drpo, "row_states", lambda body, ids, lengths, places: places[:, None]):
+        batch = {name: x.cpu() for name, x in batch.items()}
         places = drpo.end_scores(None, head, batch)
     starts, padding = batch["row_len"].cumsum(0) - batch["row_len"], (~batch["query_mask"]).sum(1)
     return (places - starts + padding).int().tolist()
@@ -249,7 +250,7 @@ def show_sample(s, number):
             )
             shown.append((f"reset to {length} of the reference's {len(reference)} tokens", length, ids))
         for how, length, ids in shown:
-            batch = drpo.pack([query], [ids], eos, s.device, width=T) | {
+            batch = drpo.padded([query], [ids], eos, s.device, width=T) | {
                 "reset_len": torch.tensor([length], device=s.device),
                 "has_eos": torch.tensor([ids[-1] == eos], device=s.device),
             }
