@@ -73,6 +73,7 @@ from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
 from tools import static_cache
 from tools.data import load_rows
+from tools.kv_cache import gaps_filled, roomy_cache
 from tools.models import body_and_head, last_logits, load_network, load_reward, load_tokenizer, save_network, scalar_head
 from tools.packing import row_states
 from tools.token_logprobs import token_logprobs
@@ -455,21 +456,20 @@ def token_masks(reset_len, response_len, T, masking="sampled"):
 def decoder(policy, query_mask, room):
     """-> next_logits(tokens, keep) -> (rows, V): the logits that follow. The first call reads the queries, (rows, Q); each
     later one a token a row, (rows, 1), of the rows that `keep` names among those of the call before (None: all of them).
-    `room`, for how many tokens at most, is what the decoder of tools/static_cache.py has to know."""
-    mask, cache, (body, head) = query_mask, None, body_and_head(policy)
+    `room`: for how many tokens after the queries there is memory."""
+    body, head = body_and_head(policy)
+    mask, cache = query_mask, roomy_cache(body.config, room)
 
     def next_logits(tokens, keep):
-        nonlocal mask, cache
-        if cache is not None:
+        nonlocal mask
+        if cache.get_seq_length():
             mask = F.pad(mask, (0, 1), value=True)
         if keep is not None:
             mask = mask[keep]
             cache.batch_select_indices(keep)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         given = {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
-        out = body(**given, use_cache=True)
-        cache = out.past_key_values
-        return last_logits(head, out.last_hidden_state)
+        return last_logits(head, body(**given, use_cache=True).last_hidden_state)
 
     return next_logits
 
@@ -488,7 +488,8 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
     for first in share(range(0, len(order), 4 * s.micro_batch)):
         rows = order[first : first + 4 * s.micro_batch]
         start = padded([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
-        next_logits = (static_cache.decoder if s.static_cache else decoder)(policy, start["query_mask"], T)
+        room = T - 1 - min(len(responses[row]) for row in rows)  # the last token of a response is not read again
+        next_logits = (static_cache.decoder if s.static_cache else decoder)(policy, start["query_mask"], room)
         tokens, keep = start["query"], None  # the query, and the prefix after it
         while rows:
             cdf = (next_logits(tokens, keep).float() / temperature).softmax(-1).cumsum(-1)
@@ -496,11 +497,11 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop
             tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # u * cdf may round up
             for row, token in zip(rows, tokens[:, 0].tolist()):
                 responses[row].append(token)
-            left = [
+            left = gaps_filled(
                 i
                 for i, row in enumerate(rows)
                 if len(responses[row]) < T and not (stop_at_eos and responses[row][-1] == tokenizer.eos_token_id)
-            ]
+            )
             keep = torch.tensor(left, dtype=torch.long, device=tokens.device) if len(left) < len(rows) else None
             if keep is not None:
                 rows, tokens = [rows[i] for i in left], tokens[keep]

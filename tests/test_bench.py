@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 
 import drpo
-from tools import bench, memory
+from tools import bench, kv_cache, memory
 
 SMALL = bench.Shape(layers=3, width=64, heads=4, vocabulary=300)
 LORA, FULL = 8, 0
@@ -117,10 +117,14 @@ def test_networks_adapters_gradients_and_optimizer_are_planned_to_the_byte(lora_
 @BOTH_RANKS
 def test_the_cache_of_a_group_of_rollouts_is_planned_to_the_byte(lora_r, dtype):
     s = settings(lora_r=lora_r, dtype=dtype)
-    ids = torch.ones(4 * s.micro_batch, s.query_length + s.response_length - 1, dtype=torch.long)
-    with autocast(s), torch.no_grad():
-        cache = built(s)[0].policy(input_ids=ids, use_cache=True).past_key_values
-    assert held(x for layer in cache.layers for x in (layer.keys, layer.values)) == bench.planned(SMALL, s)["cache"]
+    roles, cache = built(s)[0], []
+    queries, rows = [[5] * s.query_length] * (4 * s.micro_batch), 4 * s.micro_batch
+    with pytest.MonkeyPatch.context() as patch, autocast(s):
+        patch.setattr(drpo, "roomy_cache", lambda *given: cache.append(kv_cache.roomy_cache(*given)) or cache[0])
+        tokens = SimpleNamespace(eos_token_id=bench.EOS)
+        drpo.rollout(roles.policy, queries, [[]] * rows, torch.rand(rows, s.response_length), tokens, s, 1.0, stop_at_eos=False)
+    buffers = [x.untyped_storage() for layer in cache[0].layers for x in layer.buffers]
+    assert sum(storage.nbytes() for storage in buffers) == bench.planned(SMALL, s)["cache"]
 
 
 def saved_for_backward(roles, batch, s):

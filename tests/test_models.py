@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -34,7 +35,7 @@ from transformers import (
 )
 
 import drpo
-from tools import memory, rollout_check
+from tools import kv_cache, memory, rollout_check
 from tools.models import last_logits
 from tools.packing import row_states
 
@@ -816,14 +817,35 @@ def test_a_cuda_graph_gives_the_tokens_of_a_cache_that_grows(make):
     assert both[0] == both[1]
 
 
+def test_a_cache_with_room_holds_what_a_growing_one_holds_and_takes_its_memory_once():
+    config, rng, rows, memory = gpt_neox().config, torch.Generator().manual_seed(0), 5, set()
+    roomy, growing = kv_cache.roomy_cache(config, 3), DynamicCache(config=config)
+    for n, keep in ((4, [0, 1, 2, 3, 4]), (1, [0, 4, 2]), (1, [0, 1, 2]), (1, [2])):
+        for layer in range(config.num_hidden_layers):
+            x = [torch.randn(rows, 4, n, 8, generator=rng) for _ in range(2)]
+            for one, other in zip(roomy.update(*x, layer), growing.update(*x, layer)):
+                assert torch.equal(one, other)
+            assert roomy.get_mask_sizes(1, layer) == growing.get_mask_sizes(1, layer)
+        for cache in (roomy, growing):
+            cache.batch_select_indices(torch.tensor(keep))
+        rows = len(keep)
+        memory |= {x.untyped_storage().data_ptr() for layer in roomy.layers for x in (layer.keys, layer.values)}
+    assert len(memory) == 2 * config.num_hidden_layers
+
+
+def test_rows_that_end_are_replaced_by_the_last_ones_and_most_stay():
+    assert kv_cache.gaps_filled([0, 3, 4, 5]) == [0, 5, 4, 3] and kv_cache.gaps_filled([1, 2]) == [2, 1]
+    assert kv_cache.gaps_filled(range(4)) == [0, 1, 2, 3] and kv_cache.gaps_filled([]) == []
+
+
 def test_a_token_without_probability_is_never_drawn():
     probabilities = torch.tensor([0, 0.25, 0.5, 0, 0.25, 0])
 
     def body(input_ids, **_):  # its states are the logits, and the head changes nothing
         states = probabilities.log().clamp(min=-1e9).expand(len(input_ids), 1, -1)
-        return SimpleNamespace(
-            last_hidden_state=states, past_key_values=SimpleNamespace(batch_select_indices=lambda keep: None)
-        )
+        return SimpleNamespace(last_hidden_state=states)
+
+    body.config = GPT2Config(n_layer=0)
 
     def identity():
         return SimpleNamespace(weight=torch.eye(len(probabilities)), bias=None)
@@ -854,7 +876,7 @@ def test_positions_that_are_wrong_in_decoding_fail_the_check_of_rollouts(make, c
     sound = roll(network, queries, prefixes, u)
 
     def one_further(module, args, kwargs):
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.get("past_key_values") and kwargs["past_key_values"].get_seq_length():  # not in prefill
             kwargs["position_ids"] = kwargs["position_ids"] + 1
         return args, kwargs
 

@@ -106,13 +106,13 @@ def plan(shape, lora_r, micro_batch, query, response, dtype="bfloat16", checkpoi
         "adapters": 4 * adapters,
         "optimizer": 8 * trained + 4 * tensors,
         "gradients": 4 * trained,
-        "cache": 2 * L * d * (e if lora_r else 4) * rows * (tokens - 1),
+        "cache": L * d * (e + (e if lora_r else 4)) * rows * (tokens - 1),  # autocast leaves keys that it rotates float32
         "activations": activation_bytes(shape, lora_r, micro_batch, query, response, dtype, checkpointing, cuda),
     }
     standing = part["networks"] + part["adapters"] + part["optimizer"]
-    # At prefill also a layer's intermediates, 16 wide; the cache of the layer that grows; logits, softmax and its sums. In
-    # backward the gradients in a layer's MLP, 8 wide, and buffers for logits. In the step AdamW's denominators
-    part["rollout"] = standing + part["cache"] * (L + 1) // L + rows * (tokens * 16 * d * e + 4 * 4 * V)
+    # At prefill also a layer's intermediates, 16 wide; logits, softmax and its sums. In backward the gradients in a layer's
+    # MLP, 8 wide, and buffers for logits. In the step AdamW's denominators
+    part["rollout"] = standing + part["cache"] + rows * (tokens * 16 * d * e + 4 * 4 * V)
     buffers = (8 + 4 * (dtype == "bfloat16")) * token_logprobs.LOGITS_AT_ONCE
     backward = part["activations"] + micro_batch * tokens * 8 * d * e + buffers
     part["update"] = standing + part["gradients"] + max(backward, part["gradients"])
