@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for every new length, and here lengths always are
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for every length of a row, and here each is another
 
 
 def attention_by_row(module, query, key, value, attention_mask, row_lengths=None, **kwargs):
