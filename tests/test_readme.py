@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 import drpo
-from tools import report
+from tools import bench, report
 from tools.stats import spread, t_interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -268,6 +268,21 @@ def test_the_table_of_the_real_run_is_that_of_its_report(method):
     row = row_of(REAL, heading, report.METHODS[method])
     for cell, key, places in zip(row, ("win_rate", "lc_win_rate", "rm_score"), (3, 3, 2)):
         assert cell == f"{figures[key]['mean']:.{places}f} ± {figures[key]['std']:.{places}f}"
+
+
+def test_the_plans_are_those_that_bench_prints(capsys):
+    bench.main(["--plan"])
+    assert capsys.readouterr().out.strip() in COSTS
+
+
+def test_what_the_plan_says_of_the_papers_model_on_24_gb_is_what_bench_plans():
+    def gb(lora_r, micro_batch, checkpointing):
+        return bench.plan(bench.PYTHIA["2.8b"], lora_r, micro_batch, 512, 53, checkpointing=checkpointing)["peak"] / 1e9
+
+    text = " ".join(COSTS.split())
+    assert [f"{gb(1024, rows, True):.1f}" for rows in (1, 4)] == 2 * ["24.3"] and gb(1024, 8, True) > 24.3
+    assert "The paper's rank 1024 needs 24.3 GB there with checkpointing at any micro-batch up to 4" in text
+    assert f"micro-batch of 4 needs {gb(64, 4, False):.1f} GB without checkpointing and {gb(64, 4, True):.1f} GB with" in text
 
 
 @pytest.mark.parametrize("file, first", [("peers", 0), ("peers_tuned", 1)])

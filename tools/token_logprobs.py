@@ -1,12 +1,13 @@
 """ln pi(token) and the entropy from hidden states, by a log-softmax over the vocabulary that is never held whole. Imports
 nothing of drpo.py."""
 
+import math
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-LOGITS_AT_ONCE = 2**23  # how many logits exist at a time: 32 MB of float32
+LOGITS_AT_ONCE = 2**24  # how many logits exist at a time: 64 MB of float32
 
 
 @lru_cache(maxsize=1)
@@ -28,9 +29,10 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, states, weight, bias, tokens, temperature):
         device, (N, V) = states.device, (len(states), len(weight))
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-        h, W, size = (states / temperature).to(dtype), weight.to(dtype), max(1, LOGITS_AT_ONCE // V)
+        h, W, room = (states / temperature).to(dtype), weight.to(dtype), max(1, LOGITS_AT_ONCE // V)
+        size = math.ceil(N / math.ceil(N / room)) if N else 1  # parts of equal size: a product of few rows is slow
         slope = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        buffer, other = buffers(size, V, device)
+        buffer, other = buffers(room, V, device)
         products = buffer if dtype == torch.float32 else torch.empty_like(buffer, dtype=dtype)
         pi_buffer = other if slope is None else buffer
         logprobs, entropy = torch.zeros(2, N, device=device)
