@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -230,6 +231,33 @@ def test_the_table_of_the_gate_is_that_of_its_report(method):
     ]
 
 
+def win_rates(run):
+    methods = report_of(run)["methods"]
+    return [methods[name]["win_rate"] if name in methods else None for name in report.RL]  # of PPO, of DR-PO
+
+
+def test_what_rounding_moves_on_the_gate_is_as_the_text_says():
+    text, changed, largest = " ".join(TOY.split()), [], []
+    for one, other in zip(win_rates("gate"), win_rates("gate_rounding")):
+        pairs = list(zip(one["values"], other["values"], strict=True))
+        largest.append(max(abs(a - b) for a, b in pairs))
+        changed.append(sum((a >= report.FOUND) != (b >= report.FOUND) for a, b in pairs))
+    ppo, drpo = [f"{each['mean']:.3f} ({found(each)})" for each in win_rates("gate_rounding")]
+    assert f"gave PPO {ppo} and DR-PO {drpo}" in text
+    assert f"by up to {largest[0]:.2f} under PPO" in text and f"by up to {largest[1]:.2f} under DR-PO" in text
+    assert changed == [3, 1] and "where three of six seeds changed sides of 0.30" in text and "where one did" in text
+
+
+def test_how_often_the_full_summary_was_found_is_as_the_text_says():
+    runs, text = [win_rates(run) for run in ("gate", "gate_lr2e-4", "gate_lr4e-4")], " ".join(TOY.split())
+    pairs = [pair for ppo, drpo in runs for pair in zip(ppo["values"], drpo["values"], strict=True)]
+    ppo, drpo = [sum(value >= report.FOUND for value in values) for values in zip(*pairs)]
+    assert f"in {drpo} of {len(pairs)} runs, PPO in {ppo}, once where DR-PO did not" in text
+    assert sum(ppo >= report.FOUND > drpo for ppo, drpo in pairs) == 1
+    ends = [drpo - ppo for ppo, drpo in zip(*[each["values"] for each in runs[0]]) if ppo >= report.FOUND]
+    assert sorted(round(end, 2) for end in ends)[0] == -0.10 and sum(abs(end) < 0.03 for end in ends) == 3 and len(ends) == 4
+
+
 @pytest.mark.parametrize("run, lr", [("gate", "1e-4"), ("gate_lr2e-4", "2e-4"), ("gate_lr4e-4", "4e-4")])
 def test_the_table_of_learning_rates_is_that_of_the_reports(run, lr):
     result, heading = report_of(run), next(line for line in TOY.splitlines() if line.startswith("| learning rate | PPO"))
@@ -260,6 +288,13 @@ def test_the_differences_beside_the_ablation_are_those_of_the_reports(run, other
     one, two = [report_of(each)["methods"]["drpo"]["win_rate"]["values"] for each in (run, other)]
     difference, text = spread([a - b for a, b in zip(one, two, strict=True)]), " ".join(TOY.split())
     assert quoted.format(abs(difference["mean"])) in text and interval(difference).replace("-", "−") in text
+
+
+def test_below_beta_1_no_two_rows_of_the_ablation_differ_significantly():
+    rows = [win_rates("gate")[0], *[win_rates(run)[1] for run in ("gate", "beta_0.25", "beta_0.5", "beta_0.75")]]
+    for one, two in itertools.combinations([row["values"] for row in rows], 2):
+        low, high = t_interval(spread([a - b for a, b in zip(one, two, strict=True)]))
+        assert low < 0 < high
 
 
 @pytest.mark.parametrize("method", report.METHODS)
