@@ -503,6 +503,14 @@ def test_token_logprobs_and_their_gradients_are_those_of_a_log_softmax(monkeypat
         torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_logits_are_made_in_parts_of_about_the_same_number_of_rows(monkeypatch):
+    monkeypatch.setattr("tools.token_logprobs.LOGITS_AT_ONCE", 8 * 7)  # room for 8 rows
+    mm, parts = torch.mm, []
+    monkeypatch.setattr(torch, "mm", lambda h, W, out: parts.append(len(h)) or mm(h, W, out=out))
+    drpo.token_logprobs(torch.nn.Linear(5, 7), torch.randn(17, 5), torch.zeros(17, dtype=torch.long))
+    assert parts == [6, 6, 5]  # not 8, 8 and 1
+
+
 def test_token_logprobs_of_no_token_at_all_are_empty_and_give_a_zero_gradient():
     states, head = torch.zeros(0, 5, requires_grad=True), torch.nn.Linear(5, 7)
     logprobs, _ = drpo.token_logprobs(head, states, torch.zeros(0, dtype=torch.long))

@@ -211,6 +211,11 @@ def interval(stats):
     return "[{:.3f}, {:.3f}]".format(*t_interval(stats))
 
 
+def win_rates(run):
+    methods = report_of(run)["methods"]
+    return [methods[name]["win_rate"] if name in methods else None for name in report.RL]  # of PPO, of DR-PO
+
+
 def test_the_first_run_ends_as_it_is_printed():
     tiny = report_of("tiny")
     lines = report.table(report.method_rows(tiny["methods"], report.IN_TERMINAL, ["win_rate"])).splitlines()
@@ -229,11 +234,6 @@ def test_the_table_of_the_gate_is_that_of_its_report(method):
     assert [float(cell) for cell in row[3:]] == [
         round(figures[key]["mean"], places) + 0.0 for key, places in (("rm_score", 2), ("kl", 1), ("eos_rate", 2))
     ]
-
-
-def win_rates(run):
-    methods = report_of(run)["methods"]
-    return [methods[name]["win_rate"] if name in methods else None for name in report.RL]  # of PPO, of DR-PO
 
 
 def test_what_rounding_moves_on_the_gate_is_as_the_text_says():
@@ -261,7 +261,7 @@ def test_how_often_the_full_summary_was_found_is_as_the_text_says():
 @pytest.mark.parametrize("run, lr", [("gate", "1e-4"), ("gate_lr2e-4", "2e-4"), ("gate_lr4e-4", "4e-4")])
 def test_the_table_of_learning_rates_is_that_of_the_reports(run, lr):
     result, heading = report_of(run), next(line for line in TOY.splitlines() if line.startswith("| learning rate | PPO"))
-    ppo, drpo = [result["methods"][name]["win_rate"] for name in report.RL]
+    ppo, drpo = win_rates(run)
     difference = spread([ours - theirs for ours, theirs in zip(drpo["values"], ppo["values"])])
     row = row_of(TOY, heading, lr)
     assert row[:4] == [mean_and_range(ppo), found(ppo), mean_and_range(drpo), found(drpo)]
@@ -285,7 +285,7 @@ def test_the_table_of_the_ablation_is_that_of_the_reports(run):
     [("beta_1", "gate", "−{:.3f} against β = 0.6"), ("beta_1_prompt", "beta_1", "+{:.3f}")],
 )
 def test_the_differences_beside_the_ablation_are_those_of_the_reports(run, other, quoted):
-    one, two = [report_of(each)["methods"]["drpo"]["win_rate"]["values"] for each in (run, other)]
+    one, two = [win_rates(each)[1]["values"] for each in (run, other)]
     difference, text = spread([a - b for a, b in zip(one, two, strict=True)]), " ".join(TOY.split())
     assert quoted.format(abs(difference["mean"])) in text and interval(difference).replace("-", "−") in text
 
