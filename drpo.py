@@ -1,177 +1,159 @@
-"""DR-PO, Dataset Reset Policy Optimization for RLHF (Chang et al. 2024, arXiv 2404.08495), in one file.
+"""DR-PO (Dataset Reset Policy Optimization for RLHF, Chang et al. 2024, arXiv 2404.08495) in one file that runs alone.
 
-DR-PO is PPO with one change. PPO starts every rollout at the prompt. DR-PO starts a share beta of them further on: at the
-prompt plus a random prefix of a response that a person wrote, a state that the offline data is known to cover. The policy
-finishes the response, and only what it wrote itself is learned from. `ppo` here is `drpo` with beta = 0, and nothing else.
+DR-PO is PPO with one change. PPO starts every rollout at the prompt. DR-PO starts a share `beta` of them at the prompt plus a
+random prefix of a response that a person wrote: a state that the offline data covers. The policy finishes the response and
+learns only from its own tokens. `ppo` is `drpo` with beta = 0.
 
     python drpo.py                       all stages on a toy corpus, on a laptop CPU, in minutes
     python drpo.py all --preset tldr     the paper's TL;DR run: Pythia-2.8B, LoRA, one GPU
-    python drpo.py STAGE [--preset P] [--run_dir DIR] [settings]      STAGE = sft | rm | drpo | ppo | dpo | eval | all
-
-What the method does not depend on is in tools/: `running` (the loop around a stage's updates, with optimizer and checkpoints;
-several processes), `models` (loading and saving), `data` (where rows come from), and whatever measures, draws and checks.
+    python drpo.py STAGE [--preset P] [--run_dir DIR] [settings]      STAGE = sft | rm | dpo | ppo | drpo | eval | all
 
 Algorithm 1 of the paper, and where each line is:
 
-    input   preference pairs D_R, unlabelled responses D_TR, policy pi_SFT                 load_rows, train_sft
-    1       fit the reward r on D_R by maximum likelihood, Eq. (1)                         train_rm, bradley_terry_loss
-    2       pi_1 = pi_SFT;  for t = 1..T, each a `drpo_update`:                            train_drpo, twin, training
-    3         draw a response from D_TR and a step h of it                                 reset_rollouts, sample_reset_lengths
-    4         reset to s_h (prompt + prefix), roll out pi_t to the end                     reset_rollouts, rollout
-    5         store the steps h' >= h only: state, action, r, ln(pi_t/pi_SFT)              token_masks, penalised_rewards
-    6         pi_{t+1} = PO(pi_t, D_on); here PO is PPO                                    gae, ppo_policy_loss, ppo_value_loss
+    input   preference pairs D_R, unlabelled responses D_TR, policy pi_SFT        load_rows, train_sft
+    1       fit the reward r on D_R by maximum likelihood, Eq. (1)                train_rm, bradley_terry_loss
+    2       pi_1 = pi_SFT; for t = 1..T:                                          train_drpo, training
+    3         draw a response from D_TR and a step h of it                        reset_rollouts, sample_reset_lengths
+    4         reset to s_h (prompt + prefix), roll out pi_t to the end            reset_rollouts, rollout
+    5         keep the steps h' >= h only: state, action, r, ln(pi_t / pi_SFT)    token_mask, penalised_rewards
+    6         pi_{t+1} = PO(pi_t, D_on); here PO is PPO, or RLOO                  gae, rloo_advantages, ppo_policy_loss
 
-How one row stands in memory (Q = 6 columns of query, T = 6 of response, a reset of 2 tokens, EOS sampled at t = 4):
+One row: a query of 4 tokens, a reset of 2, EOS sampled at t = 4, T = 6. Rows are padded on the right. Attention is causal, so
+no token sees the padding and no mask is needed. Response step t is decided from the state one position to its left.
 
-    column          0   1   2   3   4   5     6   7   8   9   10  11
-    token           .   .   q   q   q   q  |  r   r   a   a   EOS .        . = padding, never attended to or learned from
-                    padding, then query    |  reset   sampled     padding
-    t (response)                              0   1   2   3   4   5
-    logits, value   those for step t are read one column to the left: at t = 0, at the last query token
-    mask                                      0   0   1   1   1   0        what the policy itself did: `token_masks`
-    reset_len = 2, response_len = 5
-    rewards                                   0   0  -kl -kl -kl+score     `penalised_rewards`
-    advantages                                0   0   A   A   A   0        `gae`, whitened over the mask
-    A pass over whole rows sees no padding: it reads them as one long row, one after another (`packed`).
+    ids             q   q   q   q   r   r   a   a   EOS .
+    t (response)                    0   1   2   3   4   5
+    state of step t             0   1   2   3   4   5
+    mask                            0   0   1   1   1   0        what the policy sampled, EOS included: `token_mask`
+    rewards                         0   0  -kl -kl -kl+score     `penalised_rewards`
+    advantages                      0   0   A   A   A   0        `gae`, whitened over the mask
 
-Differences from the paper (P) and from the official code (C, github.com/Cornell-RL/drpo); README.md gives them all. N+ is the
-list of implementation details in Huang et al. 2024, arXiv 2403.17031:
+Differences from the paper (P) and the official code (C, github.com/Cornell-RL/drpo). N+ is arXiv 2403.17031.
 
-    1  one mask, the sampled tokens up to EOS, in every term: Alg. 1 stores just those. C leaves the prefix out of the policy
-       loss only, and what follows EOS out of nothing; `--masking official` does that
-    2  prefixes are of 1..n tokens, n without EOS, as in C; with `--reset_include_prompt` of 0..n, as in P, Alg. 3
-    3  the prefix is fed with the prompt: a reset saves decoding steps. C forces it token by token; same distribution
-    4  a response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the very last place
-    5  references score 0 on average, read at their EOS, or where one is cut at its last token. C reads that bias at the wrong
-       place in left-padded prompts
-    6  losses are means over all tokens of the batch, for PPO and DR-PO alike. C averages means of micro-batches, over all
-       positions in PPO and the free ones in DR-PO, so that the two weigh the value loss differently
-    7  every draw depends on seed and update number alone, the resets too; C's resets are unseeded
-    8  the critic's head is trained (frozen in C, under peft); schedules are linear to 0 as in P (cosine in C)
+    1  One mask in every term: the sampled tokens up to EOS, as Alg. 1 stores. C masks the prefix only in the policy loss.
+    2  A prefix has 1..n tokens, n without EOS, as in C. `--reset_include_prompt` draws 0..n, as in P, Alg. 3.
+    3  The prefix is fed with the prompt, which saves decoding steps. C forces it token by token: the same distribution.
+    4  A response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the last place.
+    5  References score 0 on average, read at their last token. C reads that bias at the wrong place (left padding).
+    6  Losses are means over all masked tokens of the batch. C averages means of micro-batches, PPO and DR-PO differently.
+    7  Every draw depends on the seed and the update number. C's resets are unseeded.
+    8  The critic's head is trained (C freezes it). Schedules are linear to 0 as in P (C: cosine for SFT, RM, DPO).
 """
 
 import contextlib
 import copy
+import csv
 import dataclasses
+import functools
+import gzip
 import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import os
+import re
+import shutil
+import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from rouge_score.rouge_scorer import RougeScorer
+import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, HfArgumentParser
-
-from tools import static_cache
-from tools.data import load_rows
-from tools.kv_cache import gaps_filled, roomy_cache
-from tools.models import body_and_head, last_logits, load_network, load_reward, load_tokenizer, save_network, scalar_head
-from tools.packing import row_states
-from tools.token_logprobs import token_logprobs
-
-# share: this process's part of a list; summed: in place, over the processes; step: the optimizer's, on the summed gradients
-from tools.running import check_ranges, exchanged, join, precision, prepare, refuse_if_changed, relevant  # isort: skip
-from tools.running import share, step, stop, summed, training, wait_for_all, world  # isort: skip
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Settings. A field's default is that of the paper's TL;DR run (Table 5); what the command line does not give comes from the
-# preset first, which is `tiny` where none is named.
+# 1. Settings. The defaults are those of the paper's TL;DR run (Table 5). Precedence: command line, preset, defaults.
+
+# The blocks of Settings by their first setting, and the blocks that a stage depends on: its result is kept while they are equal
+BLOCKS = {"seed": "data", "sft_steps": "sft", "rm_model": "rm", "updates": "po", "batch_size": "rl", "dpo_beta": "dpo"}
+USES = {"sft": ["data", "sft"], "rm": ["data", "sft", "rm"], "dpo": ["data", "sft", "po", "dpo"]}
+USES["ppo"] = USES["drpo"] = ["data", "sft", "rm", "po", "rl"]
+HELD_OUT = ("validation", "valid", "test", "valid1")  # splits, the first that there is
+TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
+TLDR_PAIRS = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
 
 
-def setting(part, default, help):
-    """A field of Settings. `part` says which stages it bears on (USES in tools/running.py)."""
+def setting(default, help):
     value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**value, metadata={"help": f"[{part}] {help}"})
+    return dataclasses.field(**value, metadata={"help": help})
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
-    preset: Literal["tiny", "tldr", "hh", "cnndm"] = setting("run", "tiny", "which set of defaults")
-    run_dir: str = setting("run", "", "where everything is written; empty: runs/PRESET, with --seeds runs/PRESET_seeds")
-    seeds: list[int] = setting("run", [], "repeat with each of these seeds in RUN_DIR/seed_K, then tabulate mean and range")
-    micro_batch: int = setting("run", 8, "rows per pass (4 times as many in rollouts): memory and speed; only rounding differs")
-    checkpoint_activations: bool = setting("run", False, "memory for time: layers are computed anew in the backward pass")
-    static_cache: bool = setting("run", False, "decode into a cache of fixed size; on a GPU a step is then one CUDA graph")
-    check_rollouts: bool = setting("run", False, "to debug: hold every token drawn against a plain forward pass")
-    save_every: int = setting("run", 100, "updates between checkpoints; the last update is always kept")
-    keep: int = setting("run", 1, "how many of the newest checkpoints stay on the disk")
-    fresh: bool = setting("run", False, "start over: what the stages and those after them left is deleted, once you say yes")
-    device: str = setting("run", "auto", "cpu, cuda, cuda:1 ...; auto takes cuda where there is one")
+    preset: Literal["tiny", "tldr", "hh", "cnndm"] = setting("tiny", "a set of defaults")
+    run_dir: str = setting("", "output folder; empty: runs/PRESET")
+    seeds: list[int] = setting([], "run once per seed, in RUN_DIR/seed_K, and tabulate mean and range")
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
+    micro_batch: int = setting(8, "rows per forward pass (8 times as many in rollouts); changes memory and speed only")
+    checkpoint_activations: bool = setting(False, "recompute the layers in the backward pass: less memory, more time")
+    save_every: int = setting(100, "updates between checkpoints")
+    eval_samples: int = setting(600, "held-out prompts that the methods are compared on")
+    eval_temperature: float = setting(0.01, "sampling temperature of the evaluation")
+    judge: str = setting("rm", "rm (not independent: it was optimised), rm:RUN_DIR or module:function")
 
-    seed: int = setting("data", 0, "of everything random: data, weights, order, resets, sampling")
-    model: str = setting("data", "EleutherAI/pythia-2.8b-deduped", "Hub name, folder, .gguf file or module:function")
-    tokenizer: str = setting("data", "", "the same, where it is not the model's own")
-    dataset: str = setting(
-        "data",
-        "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144",
-        "prompts and references: Hub name[:config], file, folder or module:function",
-    )
-    preference_dataset: str = setting(
-        "data",
-        "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144",
-        "preference pairs, from the same kinds of places",
-    )
-    dtype: Literal["bfloat16", "float32"] = setting("data", "bfloat16", "of products, and of networks under LoRA")
-    query_length: int = setting("data", 512, "tokens of a prompt; a longer post is cut at its last newlines")
-    response_length: int = setting("data", 53, "tokens of a response with its EOS, in SFT and rollouts")
-    preference_length: int = setting("data", 169, "tokens of a response with its EOS in a preference pair")
-    max_grad_norm: float = setting("data", 0.0, "gradient norm is clipped to this in every stage; 0: never, as in C")
-    supervised_lora_r: int = setting("data", 0, "LoRA rank in SFT and reward model; 0 trains all weights, as the paper does")
-
-    sft_steps: int = setting("sft", 0, "updates of SFT; 0: one epoch")
-    sft_lr: float = setting("sft", 3e-6, "learning rate of SFT, linear to 0")
-    sft_batch_size: int = setting("sft", 64, "rows per update of SFT")
-
-    rm_steps: int = setting("rm", 0, "updates of the reward model; 0: one epoch")
-    rm_lr: float = setting("rm", 3e-6, "learning rate of the reward model, linear to 0")
-    rm_batch_size: int = setting("rm", 64, "pairs per update of the reward model")
-
-    updates: int = setting("policy", 0, "updates of drpo, ppo and dpo; 0: one epoch")
-    lora_r: int = setting("policy", 1024, "LoRA rank of policy and critic, alpha = 2r; 0 trains all weights")
-
-    batch_size: int = setting("rl", 512, "rollouts per update of drpo and ppo")
-    lr: float = setting("rl", 3e-6, "learning rate of policy and critic, linear to 0; too high and both collapse at once")
-    beta: float = setting("rl", 1.0, "probability that a rollout starts from a reset; 0 is PPO, the paper runs 1")
-    reset_to: Literal["reference", "chosen"] = setting("rl", "reference", "along SFT's reference, or a pair's chosen response")
-    reset_include_prompt: bool = setting("rl", False, "prefixes of 0..n tokens, not 1..n: Alg. 3; see Differences, 2")
-    masking: Literal["sampled", "official"] = setting("rl", "sampled", "which tokens the losses see; see Differences, 1")
-    temperature: float = setting("rl", 0.7, "of rollouts, log-probabilities and KL in drpo and ppo; below 1 it sharpens")
-    epochs: int = setting("rl", 4, "passes over each batch of rollouts; more is sample-efficient until approx_kl grows")
-    kl_coef: float = setting("rl", 0.05, "price per nat of KL to the SFT policy; 0.01 - 0.2, low invites reward hacking")
-    gamma: float = setting("rl", 1.0, "discount; 1 as a response is short")
-    lam: float = setting("rl", 0.95, "GAE's lambda: 1 is Monte Carlo (variance), 0 trusts the critic (bias)")
-    cliprange: float = setting("rl", 0.2, "PPO's epsilon; clipfrac beyond 0.3 says the steps are too large")
-    cliprange_value: float = setting("rl", 0.2, "how far a value may move in one update before its loss is cut off")
-    vf_coef: float = setting("rl", 0.1, "weight of the value loss: matters little, AdamW rescales, unless max_grad_norm bites")
-    whiten_rewards: bool = setting("rl", True, "divide the per-token rewards by their standard deviation in the batch")
-    missing_eos_score: float = setting("rl", -1.0, "score of a response that never ends")
-
-    dpo_beta: float = setting("dpo", 0.05, "DPO's beta: small lets the policy move far from SFT")
-    dpo_lr: float = setting("dpo", 3e-6, "learning rate of DPO, linear to 0")
-    dpo_batch_size: int = setting("dpo", 64, "pairs per update of DPO")
-
-    eval_samples: int = setting("eval", 600, "held-out prompts on which the methods are compared")
-    eval_split: str = setting("eval", "", "the held-out split that they are from, such as test; empty: validation, if any")
-    eval_temperature: float = setting("eval", 0.01, "sampling temperature of the evaluation; 0.01 is all but greedy")
-    judge: str = setting("eval", "rm", "rm (the run's own: not independent!), rm:RUN_DIR, module:function or api:MODEL")
-    both_orders: bool = setting("eval", False, "an API judge sees each pair twice, either text first; disagreement is a tie")
-    judge_prompt: str = setting("eval", "", "file with another prompt for the API judge, such as the paper's own")
-    others: list[str] = setting("eval", [], "more networks to compare: folders or Hub names, with the run's tokenizer")
+    seed: int = setting(0, "seed of all randomness")
+    model: str = setting("EleutherAI/pythia-2.8b-deduped", "Hub name, folder or module:function")
+    tokenizer: str = setting("", "the same, if it is not the model's own")
+    dataset: str = setting(TLDR, "prompts and references: Hub name[:config], file, folder or module:function")
+    preference_dataset: str = setting(TLDR_PAIRS, "preference pairs, likewise")
+    dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "autocast dtype; storage dtype of frozen networks")
+    query_length: int = setting(512, "tokens of a prompt; a longer post loses its last lines")
+    response_length: int = setting(53, "tokens of a response, EOS included, in SFT and rollouts")
+    preference_length: int = setting(169, "tokens of a response, EOS included, in a preference pair")
+    max_grad_norm: float = setting(0.0, "clip the gradient (of policy and critic together) to this norm; 0: never")
+    supervised_lora_r: int = setting(0, "LoRA rank in SFT and reward model; 0 trains all weights, as the paper does")
+    sft_steps: int = setting(0, "updates of SFT; 0: one epoch")
+    sft_lr: float = setting(3e-6, "learning rate of SFT, linear to 0")
+    sft_batch_size: int = setting(64, "rows per update of SFT")
+    rm_model: str = setting("", "what the reward model starts from, with the same tokenizer; empty: the SFT network")
+    rm_steps: int = setting(0, "updates of the reward model; 0: one epoch")
+    rm_lr: float = setting(3e-6, "learning rate of the reward model, linear to 0")
+    rm_batch_size: int = setting(64, "pairs per update of the reward model")
+    updates: int = setting(0, "updates of drpo, ppo and dpo; 0: one epoch")
+    lora_r: int = setting(1024, "LoRA rank of policy and critic, alpha = 2r; 0 trains all weights")
+    batch_size: int = setting(512, "rollouts per update")
+    lr: float = setting(3e-6, "learning rate of policy and critic, linear to 0")
+    beta: float = setting(1.0, "probability that a rollout starts from a reset; 0 is PPO, the paper runs 1")
+    reset_to: Literal["reference", "chosen", "sft"] = setting("reference", "whose prefixes; sft: the SFT policy's (Remark 5.1)")
+    reset_include_prompt: bool = setting(False, "prefixes of 0..n tokens (Alg. 3), not 1..n")
+    advantages: Literal["gae", "rloo"] = setting("gae", "gae: from a critic; rloo: leave-one-out in a group, no critic")
+    group: int = setting(4, "rollouts from the same state, with rloo")
+    temperature: float = setting(0.7, "sampling temperature of rollouts; log-probabilities and KL are taken at it too")
+    epochs: int = setting(4, "PPO passes over each batch, one optimizer step each")
+    kl_coef: float = setting(0.05, "KL penalty coefficient; low values invite reward hacking")
+    gamma: float = setting(1.0, "discount")
+    lam: float = setting(0.95, "GAE's lambda: 1 is Monte Carlo, 0 trusts the critic")
+    cliprange: float = setting(0.2, "PPO's epsilon")
+    cliprange_value: float = setting(0.2, "how far a value may move in one update")
+    vf_coef: float = setting(0.1, "weight of the value loss")
+    whiten_rewards: bool = setting(True, "divide per-token rewards by their standard deviation (gae only)")
+    missing_eos_score: float = setting(-1.0, "score of a response that never ends")
+    dpo_beta: float = setting(0.05, "DPO's beta")
+    dpo_lr: float = setting(3e-6, "learning rate of DPO, linear to 0")
+    dpo_batch_size: int = setting(64, "pairs per update of DPO")
 
     def __post_init__(self):
         self.run_dir = self.run_dir or f"runs/{self.preset}" + "_seeds" * bool(self.seeds)
         if self.device == "auto":
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        check_ranges(self)
+        most = dict.fromkeys("beta lam gamma cliprange lr sft_lr rm_lr dpo_lr".split(), 1)
+        least = dict.fromkeys("seed sft_steps rm_steps updates lora_r supervised_lora_r".split(), 0)
+        least |= {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6, "response_length": 2}
+        for name, value in vars(self).items():
+            low, high = least.get(name, int(type(value) is int)), most.get(name, 10**6)
+            if type(value) in (int, float) and not low <= value <= high:
+                stop(f"--{name} {value}: must lie in [{low}, {high}]")
+        if self.advantages == "rloo" and (self.group < 2 or self.batch_size % self.group):
+            stop(f"--group {self.group}: must be 2 or more and divide --batch_size {self.batch_size}")
 
 
 # fmt: off
@@ -179,120 +161,266 @@ PRESETS = {
     "tldr": {},
     "hh": dict(model="EleutherAI/pythia-1b-deduped", dataset="Anthropic/hh-rlhf", preference_dataset="Anthropic/hh-rlhf",
                response_length=128, preference_length=256),
-    "cnndm": dict(dataset="abisee/cnn_dailymail:3.0.0", query_length=1919, response_length=64),  # for eval of a tldr run
-    "tiny": dict(model="toy_env:tiny_pythia", tokenizer="toy_env:bpe_tokenizer", dataset="toy_env:gate",
-                 preference_dataset="toy_env:gate_pairs", judge="toy_env:gold_judge", reset_to="chosen", dtype="float32",
+    "cnndm": dict(dataset="abisee/cnn_dailymail:3.0.0", query_length=1919, response_length=64),  # to evaluate a tldr run
+    "tiny": dict(model="toy_text:tiny_pythia", tokenizer="toy_text:bpe_tokenizer", dataset="toy_text:gate",
+                 preference_dataset="toy_text:gate_pairs", judge="toy_text:gold_judge", reset_to="chosen", dtype="float32",
                  query_length=80, response_length=24, preference_length=32, lora_r=0, micro_batch=64, max_grad_norm=1.0,
                  sft_steps=600, sft_lr=3e-3, sft_batch_size=16, rm_steps=400, rm_lr=5e-4, rm_batch_size=16,
                  updates=45, batch_size=48, epochs=2, lr=1e-4, beta=0.6, kl_coef=0.1, temperature=1.0, cliprange_value=5.0,
-                 whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48,
-                 eval_samples=500, eval_temperature=0.7),
+                 whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48, eval_samples=500, eval_temperature=0.7),
 }
 # fmt: on
-REFERENCES_FOR_BIAS, HELD_OUT_PAIRS = 2048, 2000  # rows that the reward bias and the accuracy are measured on, at most
-PHASES = ("rollout", "score", "update")  # of one update of drpo and ppo, timed apart
+
+
+def stop(message, status=2):
+    """One line on stderr, and the end. Status 2: the caller can fix it. Status 3: this run must not continue."""
+    line = " ".join(str(message).split())
+    tqdm.write(f"drpo.py: {line if len(line) < 280 else line[:140] + ' ... ' + line[-130:]}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def generator(seed, *key):
-    """A CPU generator whose state depends on the seed and the key alone: a resumed run draws what it would have drawn."""
+    """A CPU generator that depends on seed and key alone, so that a resumed run draws what it would have drawn."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def world():
+    """-> (rank of this process, number of processes). Under torchrun each process holds all rows and weights and computes its
+    share of the micro-batches; results and gradients are summed, so that every process continues as one alone would."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def summed(x):
+    """The tensor x, summed over all processes in place."""
+    if world()[1] > 1:
+        dist.all_reduce(x)
+    return x
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Data. Whatever the source, `load_rows` gives rows {prompt, reference} for SFT and RL, {prompt, chosen, rejected, batch} for
-# pairs, `batch` being the one that they were labelled in, or empty.
+# 2. Data: rows {prompt, reference} for SFT and RL, {prompt, chosen, rejected, batch} for the reward model and DPO.
+
+
+def resolve(name, **offered):
+    """`module:function` -> the function, with those of the offered arguments bound that it takes. None for any other name."""
+    module, _, function = name.partition(":")
+    if Path(name).exists() or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        return None
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+        function = getattr(importlib.import_module(module), function)
+        taken = inspect.signature(function).parameters
+    except (ImportError, AttributeError, TypeError) as error:
+        return stop(f"{name}: {error}")
+    return functools.partial(function, **{key: value for key, value in offered.items() if key in taken})
+
+
+def read_row(row):
+    """A row of any known layout, told by its columns -> its texts prompt, reference, chosen, rejected, and its batch."""
+    info = row.get("info") or row
+    if info.keys() >= {"subreddit", "title", "post"} and "prompt" not in row:  # openai, vwxyzjn, cleanrl
+        row = {**row, "prompt": f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"}
+    if info.get("article"):  # CNN/DM, in abisee/cnn_dailymail and among openai's pairs
+        row = {**row, "prompt": f"Article:\n{info['article']}\n\nTL;DR:"}
+    if "summaries" in row:  # openai/summarize_from_feedback
+        texts = [summary["text"] for summary in row["summaries"]]
+        row = {**row, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
+    a, b, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt", row.get("query"))
+    if isinstance(a, str) and isinstance(b, str) and prompt is None:  # Anthropic/hh-rlhf: two dialogues
+        (prompt, mark, a), (other, _, b) = a.rpartition("\n\nAssistant:"), b.rpartition("\n\nAssistant:")
+        prompt = prompt + mark if prompt == other else ""  # dropped
+    elif str(a).startswith("TL;DR:") and str(b).startswith("TL;DR:"):  # CarperAI/openai_summarize_comparisons
+        prompt, a, b = f"{prompt}\nTL;DR:", a.removeprefix("TL;DR:"), b.removeprefix("TL;DR:")
+    names = "reference completion label response reference_response summary highlights".split()  # trl-lib, Dahoas, ...
+    reference = next((row[name] for name in names if name in row), a)
+    return {"prompt": prompt, "reference": reference, "chosen": a, "rejected": b, "batch": row.get("batch")}
+
+
+def read_source(source, seed):
+    """-> (training rows, held-out rows) of a file, a folder or a Hub name[:config]. Where there are only training rows, a tenth
+    of the prompts is drawn by the seed and held out with all its rows."""
+    path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
+    if path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
+        with (gzip.open if source.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if kind == "json":
+                rows = json.load(file)
+            else:
+                rows = csv.DictReader(file) if kind == "csv" else [json.loads(line) for line in file if line.strip()]
+            splits = {"train": list(rows["data"] if isinstance(rows, dict) else rows)}
+    else:
+        from datasets import load_dataset, load_from_disk
+
+        if path.is_file():
+            splits = load_dataset(kind, data_files=source)
+        elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):  # what save_to_disk wrote
+            splits = load_from_disk(source)
+        else:
+            splits = load_dataset(source) if path.exists() else load_dataset(*source.split(":"))
+        splits = splits if isinstance(splits, dict) else {"train": splits}
+    train, *held_out = [[read_row(row) for row in splits[k]] for k in ("train", *HELD_OUT) if k == "train" or k in splits]
+    prompts = sorted({str(row["prompt"]) for row in train})
+    order = torch.randperm(len(prompts), generator=generator(seed, "held out")).tolist()
+    out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+    parts = [[row for row in train if (str(row["prompt"]) in out) == side] for side in (False, True)]
+    return (train, held_out[0]) if held_out else parts
+
+
+@functools.lru_cache
+def load_rows(source, kind, seed):
+    """-> (training rows, held-out rows), texts prompt and reference (kind "reference"; of pairs, the chosen response), or prompt,
+    chosen, rejected and batch ("pairs"). Rows that teach nothing (a text is empty, chosen = rejected) are dropped, counted."""
+    try:
+        made = [resolve(source, split=split, seed=seed) for split in ("train", "validation")]
+        splits = [[read_row(row) for row in rows()] for rows in made] if made[0] else read_source(source, seed)
+    except Exception as error:  # `datasets` alone has some twenty types of them
+        stop(f"{source}: cannot be read: {type(error).__name__}: {error.__cause__ or error}")
+    fields, result = ["prompt", "reference"] if kind == "reference" else ["prompt", "chosen", "rejected"], []
+    for part, rows in zip(("training", "held-out"), splits):
+        for number, row in enumerate(rows):
+            if wrong := [name for name in fields if not isinstance(row[name], str)]:
+                found = "a list: write messages out as text" if isinstance(row[wrong[0]], list) else row[wrong[0]]
+                stop(f"{source}: {part} row {number}: {wrong[0]} must be text, not {found}; a row needs {', '.join(fields)}")
+        texts = [{name: row[name].removesuffix("<|endoftext|>").strip() for name in fields} for row in rows]
+        kept = [x | {"batch": row["batch"]} for x, row in zip(texts, rows) if len(set(x.values()) - {""}) == len(fields)]
+        if len(kept) < len(rows):
+            print(f"{source}: {len(rows) - len(kept)} of {len(rows)} {part} rows dropped (empty, equal, or no shared prompt)")
+        result.append(kept or stop(f"{source}: no usable {part} rows among {len(rows)}"))
+    return result
 
 
 def encode_query(prompt, tokenizer, length):
-    """-> at most `length` token ids. A TL;DR post or an article that is too long loses its last line, or where there is one
-    line only its last characters, again and again: OpenAI's rule; title and "TL;DR:" stay. Others lose their beginning."""
-    ids = tokenizer(prompt)["input_ids"]
-    head, mark, tail = prompt.rpartition("\n\nTL;DR:")
-    before, label, post = head.partition("Article:" if head.startswith("Article:") else "\n\nPOST:")
-    while len(ids) > length and mark and label and post:
+    """-> at most `length` ids. A post or article that is too long loses its last line, or characters, until it fits (OpenAI's
+    rule): title and "TL;DR:" stay. Other prompts lose their beginning, but for a BOS. An EOS that the tokenizer adds goes."""
+    match = re.fullmatch(r"(.*?\n+POST:|Article:)(.*)(\n+TL;DR:)", prompt, re.S)
+    head, post, tail = match.groups() if match else (prompt, "", "")
+    while True:
+        ids = tokenizer(head + post + tail)["input_ids"]
+        ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        if len(ids) <= length or not post:
+            bos = ids[:1] if len(ids) > length and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
+            return bos + ids[len(bos) - length :]
         beyond = max(1, (len(ids) - length) // 4)  # a character is at most four tokens, its bytes
         post = post[: post.rindex("\n")] if "\n" in post else post[:-beyond]
-        ids = tokenizer(before + label + post + mark + tail)["input_ids"]
-    return ids[-length:]
 
 
 def encode_response(text, tokenizer, length):
-    """-> ids of " " + text + EOS, at most `length`; where it is cut, the EOS is lost, as in the paper's preprocessing."""
+    """-> ids of " " + text + EOS, at most `length`; where it is cut, the EOS is lost, as in the official preprocessing."""
     ids = tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
     return ([token for token in ids if token != tokenizer.eos_token_id] + [tokenizer.eos_token_id])[:length]
 
 
-def padded(queries, responses, fill, device, width=None):
-    """Lists of token ids -> one batch: queries padded on the left, responses on the right, so that the first response
-    token stands in the same column in every row. The fill is any valid token: masks come from lengths, never from ids.
+def collate(queries, responses, T, device):
+    """Lists of ids -> a batch of rows query + response, padded on the right with token 0, which nothing reads.
 
-    Returns {query (B, Q) long, query_mask (B, Q) bool, response (B, T) long, response_len (B,) long, row_len (B,) long}:
-    T = `width` if given; row_len counts query and response, and is not cut at an EOS as response_len is later."""
-    Q = max(map(len, queries))
-    T = max(map(len, responses)) if width is None else width
-    query_len, response_len = [torch.tensor([len(ids) for ids in rows], device=device) for rows in (queries, responses)]
-    return {
-        "query": torch.tensor([[fill] * (Q - len(ids)) + ids for ids in queries], device=device),
-        "query_mask": torch.arange(Q, device=device) >= Q - query_len[:, None],
-        "response": torch.tensor([ids + [fill] * (T - len(ids)) for ids in responses], dtype=torch.long, device=device),
-        "response_len": response_len,
-        "row_len": query_len + response_len,
-    }
+    {ids (B, L), response (B, T), query_len (B,), response_len (B,)}, all long, L the longest row."""
+    rows = [query + response for query, response in zip(queries, responses)]
+    padded = {"ids": (rows, max(map(len, rows))), "response": (responses, T)}
+    batch = {name: torch.tensor([x + [0] * (width - len(x)) for x in lists]) for name, (lists, width) in padded.items()}
+    batch |= {name: torch.tensor(list(map(len, x))) for name, x in (("query_len", queries), ("response_len", responses))}
+    return {name: x.to(device) for name, x in batch.items()}
 
 
-def encode(rows, fields, s, tokenizer, length):
-    """A batch of all rows with row[fields[0]] as the response, then all of them with row[fields[1]], if there are two."""
-    queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows]
-    responses = [encode_response(row[field], tokenizer, length) for field in fields for row in rows]
-    return padded(queries * len(fields), responses, tokenizer.eos_token_id, s.device)
+def encode(rows, fields, s, tokenizer, T):
+    """A batch with row[fields[0]] as the response of every row, then with row[fields[1]], if there are two fields."""
+    queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows] * len(fields)
+    return collate(queries, [encode_response(row[name], tokenizer, T) for name in fields for row in rows], T, s.device)
 
 
-def response_mask(batch):
-    """(B, T) bool: the tokens of the response, EOS included."""
-    return torch.arange(batch["response"].shape[1], device=batch["response"].device) < batch["response_len"][:, None]
-
-
-def micro_batches(batch, s):
-    """Yields (row indices, batch of those rows), this process's, of at most `micro_batch` rows; the longest rows first, so that
-    a batch that does not fit into memory fails at its beginning."""
-    order = (-batch["row_len"]).argsort(stable=True)
-    for rows in share(order.split(s.micro_batch)):
-        yield rows, {name: x[rows] for name, x in batch.items()}
+def micro_batches(batch, size, pairs=False):
+    """Yields (indices, batch of those rows), this process's share, by falling length: hardly any padding, and a batch that does
+    not fit into memory fails at once. With pairs, index i stands for the rows i and i + B/2."""
+    lengths, (rank, processes) = batch["query_len"] + batch["response_len"], world()
+    longest, size = (torch.max(*lengths.chunk(2)), max(1, size // 2)) if pairs else (lengths, size)
+    for index in longest.argsort(descending=True, stable=True).split(size)[rank::processes]:
+        rows = torch.cat([index, index + len(longest)]) if pairs else index
+        part = {name: x[rows] for name, x in batch.items()}
+        yield index, part | {"ids": part["ids"][:, : lengths[rows].max()]}
 
 
 def draw(rows, size, update, seed, stream):
     """The `update`-th batch of an endless stream of epochs, each in a fresh order that depends on the seed alone."""
-    at = range(update * size, (update + 1) * size)
-    orders = {
-        epoch: torch.randperm(len(rows), generator=generator(seed, stream, epoch)).tolist()
-        for epoch in {i // len(rows) for i in at}
-    }
-    return [rows[orders[i // len(rows)][i % len(rows)]] for i in at]
+    order = functools.cache(lambda epoch: torch.randperm(len(rows), generator=generator(seed, stream, epoch)).tolist())
+    return [rows[order(i // len(rows))[i % len(rows)]] for i in range(update * size, (update + 1) * size)]
+
+
+def sampled(rows, size, seed, stream):
+    """At most `size` rows, drawn without replacement from all of them."""
+    return draw(rows, min(size, len(rows)), 0, seed, stream)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Models. Four roles from two frozen networks:    policy  =  SFT network + LoRA          reference = adapter off
-#                                                    critic  =  RM network + LoRA + head    reward    = adapter off, own head
-# With lora_r = 0 all weights are trained and the frozen twin is a real copy. Networks stay in eval mode throughout:
-# dropout would make two passes over the same tokens disagree, and the ratio of the first epoch would not be 1.
+# 3. Models. Four roles from two frozen networks:    policy = SFT network + LoRA           reference = adapter off
+#                                                    critic = RM network + LoRA + head     reward    = adapter off, own head
+# With lora_r = 0 all weights are trained and the frozen twin is a copy. Networks stay in eval mode: with dropout two passes
+# over the same tokens would differ, and the ratio of the first epoch would not be 1.
 
 
-def add_lora(network, r, seed=0):
-    """LoRA on the projections that peft chooses for this architecture (query_key_value in Pythia), as in the official code.
-    B starts at 0, so a fresh adapter changes nothing; peft keeps adapters in float32 whatever the network is in."""
+def load(loader, name, s, **kwargs):
+    """loader.from_pretrained of a Hub name or a folder, or the result of a module:function. A model's own code is never run."""
+    if function := resolve(name, seed=s.seed):
+        return function()
+    if Path(name, "adapter_config.json").exists():
+        stop(f"{name}: is a LoRA adapter; name the folder of the merged network, such as {Path(name).resolve().parent}")
+    if not Path(name).exists() and (name.startswith(("/", ".")) or name.count("/") > 1):
+        stop(f"{name}: no such folder")
+    try:
+        return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as error:  # every way in which a name can be wrong
+        return stop(f"{name}: cannot be loaded: {error}")
+
+
+def load_tokenizer(name, s):
+    tokenizer = load(transformers.AutoTokenizer, name, s)
+    return tokenizer if tokenizer.eos_token_id is not None else stop(f"--tokenizer {name}: has no end-of-text token")
+
+
+def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):
+    """A network in eval mode on the device. Weights that will be trained are float32, others s.dtype."""
+    dtype = torch.float32 if trained else getattr(torch, s.dtype)
+    network = load(cls, name, s, dtype=dtype, **kwargs)
+    if cls is AutoModelForSequenceClassification and not hasattr(network, "score"):  # a causal network of a module:function
+        body, network = network.base_model, cls.from_config(network.config, num_labels=1)
+        network.base_model.load_state_dict(body.state_dict())
+    network = network.to(s.device, dtype).eval()
+    if cls is AutoModelForCausalLM:  # decoding pads on the left and keeps a cache: it must see what a plain pass sees
+        (body, head), ids, seen = body_and_head(network), torch.arange(3, device=s.device)[None], None
+        with torch.no_grad(), contextlib.suppress(AttributeError, TypeError, ValueError):
+            plain = network(ids[:, 1:], use_cache=False).logits[:, -1].float()
+            states = next_states(body, ids, ids > 0, transformers.DynamicCache(config=body.config))
+            seen = (logits_of(head, states, 1.0) - plain).norm() < (1e-3 if dtype == torch.float32 else 5e-2) * plain.norm()
+        if not seen:
+            stop(f"--model {name}: cannot be used: left padding, or more than a linear head, changes its logits")
+
+    def recomputed(forward, *args, **kwargs):  # keeps a layer's input only. transformers' own switch needs train mode: dropout
+        again = functools.partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False)
+        return (again if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    for layer in network.modules() if s.checkpoint_activations else []:
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = functools.partial(recomputed, layer.forward)
+    return network
+
+
+def add_lora(network, r, seed, role):
+    """LoRA on the projections that peft chooses for this architecture (query_key_value in Pythia, as in C), or on all linear
+    layers where it knows none. B starts at 0, so a fresh adapter changes nothing. Adapters are float32 in every network."""
     from peft import LoraConfig, get_peft_model
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    torch.manual_seed(seed)  # A is drawn from the global generator
-    return get_peft_model(network, LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, bias="none")).eval()
+    targets = None if network.config.model_type in KNOWN else "all-linear"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "lora", role).initial_seed())  # A is drawn from the global generator
+        return get_peft_model(network, LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, target_modules=targets)).eval()
 
 
-def twin(network, lora_r, seed=0):
-    """-> (trained, frozen): the network as it will be trained, and a function that opens a context with it as it is now."""
-    if not lora_r:
+def twin(network, s, role):
+    """-> (trained, frozen): the network as it will be trained, and a context manager that gives it as it is now."""
+    if not s.lora_r:
         original = copy.deepcopy(network).requires_grad_(False)
         return network, lambda: contextlib.nullcontext(original)
-    trained = add_lora(network, lora_r, seed)
+    trained = add_lora(network, s.lora_r, s.seed, role)
 
     @contextlib.contextmanager
     def frozen():
@@ -302,56 +430,87 @@ def twin(network, lora_r, seed=0):
     return trained, frozen
 
 
-def packed(batch):
-    """-> ids (N,) long: the tokens of query and response, row after row, without padding; lengths, a list: of the rows;
-    before (B, T+1) long: where in ids the token before response step t stands, which for t = response_len is the last one."""
-    T, query_len = batch["response"].shape[1], batch["query_mask"].sum(1)
-    in_response = torch.arange(T, device=query_len.device) < (batch["row_len"] - query_len)[:, None]
-    is_token = torch.cat([batch["query_mask"], in_response], 1)
-    place = (is_token.flatten().cumsum(0) - 1).view(is_token.shape)
-    return torch.cat([batch["query"], batch["response"]], 1)[is_token], batch["row_len"].tolist(), place[:, -T - 1 :]
+def load_reward(folder, s, trained=False):
+    """-> (backbone, head). On disk an AutoModelForSequenceClassification; score = its logit - config.reward_bias."""
+    model = load_network(folder, s, AutoModelForSequenceClassification, trained)
+    if not hasattr(model.config, "reward_bias"):
+        stop(f"{folder}: is not a reward model; make one with: python drpo.py rm")
+    return model.base_model, scalar_head(model.score.weight, -model.config.reward_bias)
 
 
-def response_states(body, batch, mask):
-    """-> (n, d) float32, row after row: the hidden states that the response steps in the mask are decided from, each at the
-    token before. The mask is (B, T) bool, or (B, T+1) where what would follow the last token is of interest, too."""
-    ids, lengths, before = packed(batch)
-    return row_states(body, ids, lengths, before[:, : mask.shape[1]][mask])
+def scalar_head(weight, bias=0.0):
+    """A frozen nn.Linear(d, 1) in float32 from a weight (1, d) and a number."""
+    head = nn.Linear(weight.shape[1], 1, device=weight.device)
+    head.load_state_dict({"weight": weight.float(), "bias": torch.tensor([bias])})
+    return head.requires_grad_(False)
 
 
-def put_into(mask, x):
-    """(B, T), (n,) -> (B, T): x at the n places where the mask is 1, row after row, and 0 elsewhere."""
+def save_network(network, tokenizer, folder):
+    """In the layout of Hugging Face: an adapter under adapter/, and merged into its network."""
+    if world()[0] == 0:
+        if hasattr(network, "merge_and_unload"):
+            network.save_pretrained(folder / "adapter")
+            network = network.merge_and_unload()
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def body_and_head(network):
+    """-> the transformer without its head, and the linear layer that makes logits of its states; adapters stay on."""
+    network = network.get_base_model() if hasattr(network, "get_base_model") else network
+    return network.base_model, network.get_output_embeddings()
+
+
+def states_before(body, batch, mask):
+    """The states that the masked response steps are decided from, each one position to the left. (B, T) bool -> (n, d)."""
+    states, (row, t) = body(input_ids=batch["ids"], use_cache=False).last_hidden_state, mask.nonzero(as_tuple=True)
+    return states[row, batch["query_len"][row] - 1 + t].float()
+
+
+def logits_of(head, states, temperature):
+    """(n, d) -> (n, V) float32, divided by the temperature: the one place where logits are made, to sample and to score."""
+    bias = None if head.bias is None else head.bias / temperature
+    return F.linear((states / temperature).to(head.weight.dtype), head.weight, bias).float()
+
+
+def on_mask(mask, x):
+    """(B, T), (n,) -> (B, T): x at the n places where the mask is 1, row by row, and 0 elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
 
 
-def response_logprobs(network, batch, temperature=1.0, mask=None):
-    """-> ln pi(a_t | s_t) and the entropy of pi(. | s_t), (B, T) float32 each, at the given temperature: a log-softmax of the
-    head's logits, of which only a few rows exist at a time. 0 where the mask (B, T) is 0; without one: the whole response."""
-    mask = response_mask(batch) if mask is None else mask
+def response_logprobs(network, batch, mask, temperature=1.0):
+    """-> ln pi(a_t | s_t) and, while gradients are off, the entropy of pi(. | s_t): (B, T) float32, 0 outside the mask.
+
+    Logits exist for the masked steps of one micro-batch only: 8 x 53 x 50k floats are 85 MB."""
     body, head = body_and_head(network)
-    states = response_states(body, batch, mask)
-    return [put_into(mask, x) for x in token_logprobs(head, states, batch["response"][mask], temperature)]
+    logits = logits_of(head, states_before(body, batch, mask), temperature)
+    logprobs = on_mask(mask, -F.cross_entropy(logits, batch["response"][mask], reduction="none"))
+    if torch.is_grad_enabled():
+        return logprobs, None
+    log_p = logits.log_softmax(-1)
+    return logprobs, on_mask(mask, -(log_p.exp() * log_p).sum(-1))
 
 
-def apply_head(head, states):
-    """(..., d) -> (...), as a sum of products: a matrix product would be cast to bfloat16 under autocast."""
-    return (states * head.weight[0]).sum(-1) + head.bias
+def sequence_logprobs(network, batch, temperature=1.0):
+    """ln pi(response | query), (B,) float32."""
+    mask = token_mask(torch.zeros_like(batch["response_len"]), batch["response_len"], batch["response"].shape[1])
+    return response_logprobs(network, batch, mask, temperature)[0].sum(1)
 
 
 def response_values(critic, head, batch, mask):
-    """V(s_t), (B, T) float32, 0 where the mask (B, T) is 0."""
-    return put_into(mask, apply_head(head, response_states(critic, batch, mask)))
+    """V(s_t), (B, T) float32, 0 outside the mask. A sum of products: autocast would make a matrix product in bfloat16 of it."""
+    return on_mask(mask, (states_before(critic, batch, mask) * head.weight[0]).sum(-1) + head.bias)
 
 
 def end_scores(backbone, head, batch):
     """The reward of whole responses, (B,) float32: the head on the state at the last token, which is EOS if there is one."""
-    steps = torch.arange(batch["response"].shape[1] + 1, device=batch["response"].device)
-    return apply_head(head, response_states(backbone, batch, steps == batch["response_len"][:, None]))
+    after = torch.arange(batch["response"].shape[1] + 1, device=batch["ids"].device) == batch["response_len"][:, None]
+    return response_values(backbone, head, batch, after).sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. The mathematics. Pure functions. Per-token tensors are (B, T) float32 over response positions; `mask` (B, T) is 1 on the
-# tokens that count: those that the policy itself sampled, up to and with EOS. What is outside it, even NaN, never matters.
+# tokens that the policy sampled, EOS included. What is outside it, even NaN, never matters.
 
 
 def bradley_terry_loss(chosen_scores, rejected_scores):
@@ -363,7 +522,7 @@ def sample_reset_lengths(reference_lengths, beta, generator, include_zero=False)
     """Alg. 1, line 3: how many tokens of its reference each rollout starts with. (B,) long -> (B,) long.
 
     A row is reset with probability beta. A reset row's prefix is uniform on 1..n, n its reference's length without EOS
-    (as RollinProcessor in the official code; with `include_zero` on 0..n, as Alg. 3). An empty reference gives 0."""
+    (as RollinProcessor in C; with `include_zero` on 0..n, as Alg. 3). An empty reference gives 0."""
     n = reference_lengths.cpu()
     is_reset = torch.rand(len(n), generator=generator) < beta
     low = 0 if include_zero else 1
@@ -378,7 +537,7 @@ def masked_mean(x, mask):
 
 
 def masked_whiten(x, mask, shift_mean=True):
-    """Unit variance (biased, as in the official code) and, if shift_mean, zero mean over the mask; 0 elsewhere. (B, T)."""
+    """Unit variance (biased, as in C) and, if shift_mean, zero mean over the mask; 0 elsewhere. (B, T), (B, T) -> (B, T)."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8) + (0.0 if shift_mean else mean)
@@ -394,7 +553,7 @@ def penalised_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), 0 bootstrapped after the last token in the mask.
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16); the value after the last token in the mask is 0.
 
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t.
     (B, T) each -> advantages, returns, both 0 outside the mask."""
@@ -410,6 +569,13 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, advantages + values
 
 
+def rloo_advantages(returns, group):
+    """REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740): each return minus the mean of the
+    group - 1 others. (B,) -> (B,); rows i * group .. (i + 1) * group - 1 started from the same state."""
+    grouped = returns.view(-1, group)
+    return ((grouped - grouped.mean(1, keepdim=True)) * group / (group - 1)).view(-1)
+
+
 def log_ratio(logprobs, old_logprobs, mask):
     """ln(pi / pi_old) on the mask, 0 elsewhere: masked before any exp, so that no gradient and no NaN leaks in. (B, T)."""
     return torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
@@ -418,7 +584,7 @@ def log_ratio(logprobs, old_logprobs, mask):
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated: mean of max(-A rho, -A clip(rho, 1-eps, 1+eps)).
 
-    (B, T) each -> (loss, clipfrac), scalars; clipfrac is the share of tokens in the mask on which the clip bites."""
+    (B, T) each -> (loss, clipfrac), scalars; clipfrac is the share of masked tokens whose clipped term is the larger one."""
     ratio = log_ratio(logprobs, old_logprobs, mask).exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return masked_mean(torch.max(unclipped, clipped), mask), masked_mean((clipped > unclipped).float(), mask)
@@ -428,10 +594,8 @@ def ppo_value_loss(values, old_values, returns, mask, cliprange_value):
     """0.5 mean max((V - R)^2, (clip(V, V_old +- eps) - R)^2), C's drpo.py, lines 866-874. (B, T) -> (loss, clipfrac)."""
     clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     plain_error, clipped_error = [torch.where(mask.bool(), v - returns, 0.0) ** 2 for v in (values, clipped)]
-    return (
-        0.5 * masked_mean(torch.max(plain_error, clipped_error), mask),
-        masked_mean((clipped_error > plain_error).float(), mask),
-    )
+    loss = 0.5 * masked_mean(torch.max(plain_error, clipped_error), mask)
+    return loss, masked_mean((clipped_error > plain_error).float(), mask)
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
@@ -444,390 +608,418 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 # 5. Rollouts with dataset resets.
 
 
-def token_masks(reset_len, response_len, T, masking="sampled"):
-    """The one place where masks are made. -> three (B, T) bool: the sampled tokens up to EOS; what the policy loss sees; what
-    the value loss, the KL reward, GAE and whitening see. All three are the first, unless masking is "official"."""
+def token_mask(reset_len, response_len, T):
+    """(B,), (B,) -> (B, T) bool: the tokens that the policy sampled itself, EOS included. The one mask of everything."""
     t = torch.arange(T, device=reset_len.device)
-    free = t >= reset_len[:, None]
-    sampled = free & (t < response_len[:, None])
-    return (sampled, sampled, sampled) if masking == "sampled" else (sampled, free, torch.ones_like(free))
+    return (t >= reset_len[:, None]) & (t < response_len[:, None])
 
 
-def decoder(policy, query_mask, room):
-    """-> next_logits(tokens, keep) -> (rows, V): the logits that follow. The first call reads the queries, (rows, Q); each
-    later one a token a row, (rows, 1), of the rows that `keep` names among those of the call before (None: all of them).
-    `room`: for how many tokens after the queries there is memory."""
-    body, head = body_and_head(policy)
-    mask, cache = query_mask, roomy_cache(body.config, room)
-
-    def next_logits(tokens, keep):
-        nonlocal mask
-        if cache.get_seq_length():
-            mask = F.pad(mask, (0, 1), value=True)
-        if keep is not None:
-            mask = mask[keep]
-            cache.batch_select_indices(keep)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        given = {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
-        return last_logits(head, body(**given, use_cache=True).last_hidden_state)
-
-    return next_logits
+def next_states(body, tokens, mask, cache):
+    """The states (n, d) after the last of `tokens`: (n, Q) prompts at first, then (n, 1). The mask (n, tokens so far) is 0 on the
+    padding, which is on the left."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    given = {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
+    return body(**given, use_cache=True).last_hidden_state[:, -1]
 
 
 @torch.no_grad()
-def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature, stop_at_eos=True):
-    """Alg. 1, line 4: reset to query + prefix, then let the policy finish.
+def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
+    """Alg. 1, line 4: reset to query + prefix, then let the policy finish. -> B lists of at most T ids, prefix included.
 
-    The prefix is fed with the query, so only what is left is decoded. Token t of row i is the inverse of the policy's
-    cumulative distribution at uniforms[i, t]: of the softmax that is scored later; but for rounding the same token whatever
-    rows are decoded beside it. Rows with about as much left to decode go together, and leave when they have ended; four times
-    as many as in a micro-batch, since nothing is kept for backward.
-    queries, prefixes: B lists of ids; uniforms (B, T) in [0, 1) -> responses, B lists of at most T ids, EOS included."""
-    T, responses = uniforms.shape[1], [list(prefix) for prefix in prefixes]
-    order = sorted(range(len(queries)), key=lambda row: -len(prefixes[row]))
-    for first in share(range(0, len(order), 4 * s.micro_batch)):
-        rows = order[first : first + 4 * s.micro_batch]
-        start = padded([queries[row] + responses[row] for row in rows], [[]] * len(rows), tokenizer.eos_token_id, s.device)
-        room = T - 1 - min(len(responses[row]) for row in rows)  # the last token of a response is not read again
-        next_logits = (static_cache.decoder if s.static_cache else decoder)(policy, start["query_mask"], room)
-        tokens, keep = start["query"], None  # the query, and the prefix after it
-        while rows:
-            cdf = (next_logits(tokens, keep).float() / temperature).softmax(-1).cumsum(-1)
-            u = uniforms[rows, [len(responses[row]) for row in rows]].to(cdf)[:, None]
+    The prefix is fed with the query, so only the rest is decoded. Token t of row i is the inverse of the policy's cumulative
+    distribution at uniforms[i, t] in [0, 1): the same token whichever rows are decoded beside it, and paired samples across
+    methods. queries, prefixes: B lists of ids; uniforms (B, T)."""
+    (body, head), T, (rank, processes), responses = body_and_head(policy), uniforms.shape[1], world(), list(map(list, prefixes))
+    mine = sorted(range(len(queries)), key=lambda i: -len(prefixes[i]))[rank::processes]
+    for first in range(0, len(mine), 8 * s.micro_batch):
+        rows = mine[first : first + 8 * s.micro_batch]  # these have about as much left to decode
+        starts, cache = [queries[i] + responses[i] for i in rows], transformers.DynamicCache(config=body.config)
+        Q = max(map(len, starts))
+        tokens = torch.tensor([[0] * (Q - len(ids)) + ids for ids in starts], device=s.device)
+        mask = torch.arange(Q, device=s.device) >= torch.tensor([[Q - len(ids)] for ids in starts], device=s.device)
+        while True:
+            cdf = logits_of(head, next_states(body, tokens, mask, cache), temperature).softmax(-1).cumsum(-1)
+            u = uniforms[rows, [len(responses[i]) for i in rows]].to(cdf)[:, None]
             tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # u * cdf may round up
-            for row, token in zip(rows, tokens[:, 0].tolist()):
-                responses[row].append(token)
-            left = gaps_filled(
-                i
-                for i, row in enumerate(rows)
-                if len(responses[row]) < T and not (stop_at_eos and responses[row][-1] == tokenizer.eos_token_id)
-            )
-            keep = torch.tensor(left, dtype=torch.long, device=tokens.device) if len(left) < len(rows) else None
-            if keep is not None:
-                rows, tokens = [rows[i] for i in left], tokens[keep]
-    return exchanged(responses, [len(prefix) for prefix in prefixes], T, s.device) if world()[1] > 1 else responses
+            for i, token in zip(rows, tokens[:, 0].tolist()):
+                responses[i].append(token)
+            left = [k for k, i in enumerate(rows) if responses[i][-1] != tokenizer.eos_token_id and len(responses[i]) < T]
+            if not left:
+                break
+            if len(left) < len(rows):  # rows that have ended leave
+                keep = torch.tensor(left, device=s.device)
+                cache.batch_select_indices(keep)
+                rows, tokens, mask = [rows[k] for k in left], tokens[keep], mask[keep]
+            mask = F.pad(mask, (0, 1), value=True)
+    if processes > 1:
+        parts = [None] * processes
+        dist.all_gather_object(parts, {i: responses[i] for i in mine})
+        responses = [ids for _, ids in sorted(item for part in parts for item in part.items())]
+    return responses
 
 
-def reset_rollouts(policy, rows, update, tokenizer, s):
-    """Alg. 1, lines 3 and 4: the rollouts of one update. Rows, resets and uniforms depend on seed and update number alone.
+def reset_rollouts(roles, rows, update, tokenizer, s):
+    """Alg. 1, lines 3 and 4: the rollouts of one update -> a batch as of `collate` with reset_len (B,) and has_eos (B,).
 
-    -> a batch as of `padded`, T = response_length wide, whose response_len ends at the first EOS, and with reset_len (B,) long,
-    has_eos (B,) bool and decoded (B,) long: how many tokens the policy itself had to produce."""
-    B, T, eos, rng = s.batch_size, s.response_length, tokenizer.eos_token_id, generator(s.seed, "rollout", update)
-    episodes = draw(rows, B, update, s.seed, "rl")
+    Rows, resets and uniforms depend on seed and update number alone. With RLOO, `group` rollouts share their start."""
+    K, T, rng = s.group if s.advantages == "rloo" else 1, s.response_length, generator(s.seed, "rollout", update)
+    episodes, eos = draw(rows, s.batch_size // K, update, s.seed, "rl"), tokenizer.eos_token_id
     queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in episodes]
-    references = [encode_response(row["reference"], tokenizer, T)[:-1] for row in episodes]  # without EOS, or cut to T - 1
+    if s.reset_to == "sft":
+        uniforms = torch.rand(len(episodes), T, generator=generator(s.seed, "roll-in", update))
+        with roles.reference() as network:
+            references = rollout(network, queries, [[]] * len(queries), uniforms, tokenizer, s, s.temperature)
+    else:
+        references = [encode_response(row["reference"], tokenizer, T) for row in episodes]
+    references = [[token for token in ids if token != eos][: T - 1] for ids in references]
     reset_len = sample_reset_lengths(torch.tensor([len(ids) for ids in references]), s.beta, rng, s.reset_include_prompt)
-    prefixes = [ids[:length] for ids, length in zip(references, reset_len.tolist())]
-    uniforms = torch.rand(B, T, generator=rng)
-    responses = rollout(policy, queries, prefixes, uniforms, tokenizer, s, s.temperature, stop_at_eos=s.masking == "sampled")
-    if s.check_rollouts:
-        from tools import rollout_check
-
-        rollout_check.check(policy, queries, prefixes, responses, uniforms, tokenizer, s)
-    batch = padded(queries, responses, eos, s.device, width=T) | {"reset_len": reset_len.to(s.device)}
-    batch["decoded"] = batch["response_len"] - batch["reset_len"]  # with official masking also after EOS
-    batch["has_eos"] = torch.tensor([eos in ids for ids in responses], device=s.device)
-    batch["response_len"] = torch.tensor([ids.index(eos) + 1 if eos in ids else T for ids in responses], device=s.device)
-    return batch
+    starts = [(query, ids[:n]) for query, ids, n in zip(queries, references, reset_len.tolist()) for _ in range(K)]
+    queries, prefixes = map(list, zip(*starts))
+    responses = rollout(roles.policy, queries, prefixes, torch.rand(len(starts), T, generator=rng), tokenizer, s, s.temperature)
+    has_eos = torch.tensor([ids[-1] == eos for ids in responses], device=s.device)
+    reset_len = reset_len.repeat_interleave(K).to(s.device)
+    return collate(queries, responses, T, s.device) | {"reset_len": reset_len, "has_eos": has_eos}
 
 
 def sample(network, rows, s, tokenizer, temperature):
-    """-> one response (list of ids) per row, from the bare prompt. The same uniforms for every method: paired samples."""
+    """-> one response (list of ids) per row, from the bare prompt, with the same uniforms for every method."""
     uniforms = torch.rand(len(rows), s.response_length, generator=generator(s.seed, "evaluation"))
     queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows]
     return rollout(network, queries, [[]] * len(rows), uniforms, tokenizer, s, temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Measuring: what the stages, their checks and the evaluation (tools/evaluation.py) share.
+# 6. The loop around every stage: optimizer, schedule, precision, log, checkpoint.
 
 
-def sequence_logprobs(network, batch, temperature=1.0):
-    """ln pi(response | query), (B,)."""
-    return response_logprobs(network, batch, temperature)[0].sum(1)
+def precision(s):
+    """Autocast for everything done with networks: matrix products in s.dtype. Log-softmax, losses, values, scores, trained
+    weights and optimizer state are float32."""
+    return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
 
 
-def per_row(function, rows, responses, s, tokenizer):
-    """function(batch) -> (B,), over all rows with these responses (lists of ids), in micro-batches -> (rows,) on the CPU."""
-    queries, out = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows], torch.zeros(len(rows))
-    with torch.no_grad():
-        for chunk, part in micro_batches(padded(queries, responses, tokenizer.eos_token_id, s.device), s):
-            out[chunk.cpu()] = function(part).float().cpu()
-    return summed(out)
+def make_optimizer(modules, lr):
+    params = [p for p in modules.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)  # as C
 
 
-def reference_scores(backbone, head, rows, s, tokenizer):
-    """What the reward model gives to the rows' own references, (rows,)."""
-    responses = [encode_response(row["reference"], tokenizer, s.response_length) for row in rows]
-    return per_row(lambda part: end_scores(backbone, head, part), rows, responses, s, tokenizer)
+def training(stage, updates, lr, modules, s):
+    """Yields (update, optimizer, metrics) for each update still to do; what the body puts into `metrics` is logged.
+
+    The learning rate falls linearly from lr to lr / updates. A checkpoint is trained weights, optimizer state and a number: all
+    draws depend on seed and update number, so resuming is exact to the bit on a CPU. SIGTERM, SIGINT and SIGHUP let the update
+    end, save, and exit with status 0."""
+    params, asked = {name: p for name, p in modules.named_parameters() if p.requires_grad}, []
+    optimizer, folder, done, is_first = make_optimizer(modules, lr), Path(s.run_dir) / stage, 0, world()[0] == 0
+    checkpoint, log = folder / "checkpoint.pt", folder / "metrics.jsonl"
+    if checkpoint.exists():
+        try:
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            for name, p in params.items():
+                p.data.copy_(saved["params"][name])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(saved["moments"]))})
+            done = saved["update"]
+        except Exception as error:  # whatever a damaged file gives
+            stop(f"{checkpoint}: cannot be read ({error}); delete it to train {stage} from the start")
+        print(f"{stage}: resumes after update {done}")
+    if is_first:
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if log.exists() else "")
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    handlers = [signal.signal(number, lambda number, _: asked.append(number)) for number in signals]
+    bar = tqdm(range(done, updates), initial=done, total=updates, desc=f"{stage:4}", unit="update", disable=not is_first)
+    try:
+        for update in bar:
+            metrics, began = {"update": update + 1, "lr": lr * (1 - update / updates)}, time.perf_counter()
+            optimizer.param_groups[0]["lr"] = metrics["lr"]
+            yield update, optimizer, metrics
+            metrics["seconds"] = time.perf_counter() - began
+            bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "accuracy", "score", "kl") if k in metrics})
+            stopping = summed(torch.tensor(len(asked))).item() > 0
+            if is_first:
+                with log.open("a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+            if is_first and ((update + 1) % s.save_every == 0 or update + 1 == updates or stopping):
+                moments = [{k: x.cpu() for k, x in optimizer.state[p].items()} for p in params.values()]
+                weights = {name: p.detach().cpu() for name, p in params.items()}
+                save_whole({"params": weights, "moments": moments, "update": update + 1}, checkpoint)
+            if stopping and update + 1 < updates:
+                stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command resumes", 0)
+    finally:
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
 
 
-def decode(responses, tokenizer):
-    """Lists of ids -> texts as a judge reads them."""
-    return [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+def save_whole(value, path):
+    """Written beside, flushed, renamed: whenever the process dies, the file is the old one or the new one."""
+    with path.with_suffix(".new").open("wb") as file:
+        torch.save(value, file) if path.suffix == ".pt" else file.write(json.dumps(value, indent=1).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    path.with_suffix(".new").replace(path)
 
 
-def rouge(texts, rows, kind="rougeL"):
-    """ROUGE F1 (rouge1, rouge2 or rougeL) with stemming, as `evaluate.load("rouge")` computes it, per text."""
-    scorer = RougeScorer([kind], use_stemmer=True)
-    return [scorer.score(row["reference"], text)[kind].fmeasure for text, row in zip(texts, rows)]
+def step(optimizer, s, where, batch):
+    """One optimizer step on the summed gradients -> their norm. Where that is not finite, as after a loss that is not, the run
+    stops before the weights move and keeps `batch`, a dict of tensors. `where` is "STAGE update N"."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in params if world()[1] > 1 else []:
+        p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
+    norm = nn.utils.clip_grad_norm_(params, s.max_grad_norm or math.inf)
+    if not torch.isfinite(norm):
+        path = Path(s.run_dir) / where.split()[0] / "bad_batch.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: x.cpu() for name, x in batch.items()}, path)
+        bad = [name for name, x in batch.items() if x.is_floating_point() and not x.isfinite().all()]
+        stop(f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}", 3)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Stages. Each is a visible loop over `training(...)`, which keeps what all of them need out of sight: learning rate,
-# metrics, checkpoints. Each returns what the next one should know before it starts.
+# 7. Stages.
+
+
+def fit(stage, rows, fields, T, modules, loss_of, updates, lr, size, s, tokenizer):
+    """SFT, the reward model and DPO: AdamW on the mean of loss_of(batch) -> (loss, margins), a mean over the tokens of rows, or
+    over the pairs if there are two fields. modules: {name: trained module}; updates: 0 is one epoch."""
+    pairs = len(fields) == 2
+
+    def weight(batch):  # tokens but for each row's first, or pairs
+        return len(batch["ids"]) / 2 if pairs else (batch["query_len"] + batch["response_len"] - 1).sum()
+
+    for update, optimizer, metrics in training(stage, updates or max(1, len(rows) // size), lr, nn.ModuleDict(modules), s):
+        batch = encode(draw(rows, size, update, s.seed, stage), fields, s, tokenizer, T)
+        total = torch.zeros(2, device=s.device)  # loss, share of pairs in the right order
+        for _, part in micro_batches(batch, s.micro_batch, pairs):
+            loss, margins = loss_of(part)
+            share = weight(part) / weight(batch)  # summed over micro-batches: the mean over the whole batch
+            (loss * share).backward()
+            total += torch.stack([loss.detach(), (margins > 0).float().mean()]) * share
+        metrics |= dict(zip(("loss", "accuracy") if pairs else ("loss",), summed(total).tolist()))
+        metrics["grad_norm"] = step(optimizer, s, f"{stage} update {update + 1}", batch)
 
 
 def train_sft(s):
-    """Supervised fine-tuning: cross-entropy over query and response, as in the official sft.py."""
+    """Supervised fine-tuning: cross-entropy over query and response, as in C's sft.py."""
     rows, held_out = load_rows(s.dataset, "reference", s.seed)
-    tokenizer = load_tokenizer(s.tokenizer or s.model, s)
-    network = load_network(s.model, s, full=not s.supervised_lora_r)
-    vocabulary = network.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        stop(f"--tokenizer has {len(tokenizer)} tokens, but --model {s.model} embeds only {vocabulary}")
-    if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < vocabulary:
+    tokenizer, network = load_tokenizer(s.tokenizer or s.model, s), load_network(s.model, s, trained=not s.supervised_lora_r)
+    check_model(network, tokenizer, s)
+    if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < network.config.vocab_size:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
-    network.config.pad_token_id = tokenizer.pad_token_id
-    network.config.eos_token_id = network.generation_config.eos_token_id = tokenizer.eos_token_id
-    network = add_lora(network, s.supervised_lora_r, s.seed) if s.supervised_lora_r else network
-    some = rows[:2000]
-    cut = sum(len(encode_response(row["reference"], tokenizer, s.response_length + 1)) > s.response_length for row in some)
-    print(
-        f"sft: {len(rows)} rows, {len(held_out)} held out; {cut} of the first {len(some)} references are cut at "
-        f"{s.response_length} tokens; lr linear from {s.sft_lr:g} to 0"
-    )
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    network.config.update(ends)
+    network.generation_config = transformers.GenerationConfig(**ends)
+    network = add_lora(network, s.supervised_lora_r, s.seed, "sft") if s.supervised_lora_r else network
 
-    def token_losses(batch):
-        """-> the sum of the tokens' losses, and their number."""
-        (body, head), (ids, lengths, _) = body_and_head(network), packed(batch)
-        has_next = torch.ones_like(ids, dtype=torch.bool).index_fill(0, batch["row_len"].cumsum(0) - 1, False)
-        places = has_next.nonzero()[:, 0]  # every token but a row's last predicts the next one
-        return -token_logprobs(head, row_states(body, ids, lengths, places), ids[places + 1])[0].sum(), len(places)
+    def token_losses(part):
+        """-> (B, L-1) float32: -ln pi of every token but each row's first, 0 on the padding."""
+        is_target = torch.arange(1, part["ids"].shape[1], device=s.device) < (part["query_len"] + part["response_len"])[:, None]
+        (body, head), targets = body_and_head(network), part["ids"][:, 1:][is_target]
+        states = body(input_ids=part["ids"], use_cache=False).last_hidden_state[:, :-1][is_target].float()
+        return on_mask(is_target, F.cross_entropy(logits_of(head, states, 1.0), targets, reduction="none"))
 
-    updates = s.sft_steps or max(1, len(rows) // s.sft_batch_size)
-    for update, optimizer, metrics in training("sft", updates, s.sft_lr, nn.ModuleDict({"policy": network}), s):
-        batch = encode(draw(rows, s.sft_batch_size, update, s.seed, "sft"), ["reference"], s, tokenizer, s.response_length)
-        tokens = (batch["row_len"] - 1).sum()  # that are targets
-        metrics["loss"] = 0.0
-        for _, part in micro_batches(batch, s):
-            loss = token_losses(part)[0] / tokens  # summed over micro-batches: the mean over all tokens
-            loss.backward()
-            metrics["loss"] += loss.item()
-        metrics["loss"] = summed(torch.tensor(metrics["loss"])).item()
-        metrics["grad_norm"] = step(optimizer, s, f"sft update {update + 1}", lambda: batch)
+    def loss_of(part):
+        return token_losses(part).sum() / (part["query_len"] + part["response_len"] - 1).sum(), part["ids"]
+
+    given = {"policy": network}, loss_of, s.sft_steps, s.sft_lr, s.sft_batch_size
+    fit("sft", rows, ["reference"], s.response_length, *given, s, tokenizer)
     save_network(network, tokenizer, Path(s.run_dir) / "sft")
 
-    held_out = held_out[: s.eval_samples]
-    with torch.no_grad():
-        batch = encode(held_out, ["reference"], s, tokenizer, s.response_length)
-        sums = [[float(x) for x in token_losses(part)] for _, part in micro_batches(batch, s)]
-    total, count = summed(torch.tensor(sums, dtype=torch.double).reshape(-1, 2).sum(0)).tolist()
-    loss = total / count
-    rouge_l = rouge(decode(sample(network, held_out, s, tokenizer, s.eval_temperature), tokenizer), held_out)
-    print(f"sft: held-out loss {loss:.3f} nats per token, ROUGE-L {sum(rouge_l) / len(rouge_l):.3f}, on {len(held_out)} rows")
-    return {"held_out_loss": loss, "rouge_l": sum(rouge_l) / len(rouge_l)}
+    some = sampled(held_out, s.eval_samples, s.seed, "eval")
+    losses = per_row(lambda part: token_losses(part).sum(1), some, None, s, tokenizer).sum()
+    loss = losses / per_row(lambda part: part["query_len"] + part["response_len"] - 1, some, None, s, tokenizer).sum()
+    texts = tokenizer.batch_decode(sample(network, some, s, tokenizer, s.eval_temperature), skip_special_tokens=True)
+    return {"held_out_loss": loss.item(), "rouge_l": mean(rouge(texts, some, "rougeL"))}  # nats per token
 
 
-def pair_update(pairs, s, optimizer, loss_of, tokenizer, where):
-    """One step on the mean over pairs of loss_of(pairs) -> (loss, margins), in micro-batches. -> metrics."""
-    size, loss, right = max(1, s.micro_batch // 2), 0.0, 0  # a pair is two rows
-    for part in share([pairs[i : i + size] for i in range(0, len(pairs), size)]):
-        part_loss, margins = loss_of(part)
-        (part_loss * len(part) / len(pairs)).backward()
-        loss, right = loss + part_loss.item() * len(part) / len(pairs), right + (margins > 0).sum().item()
-    loss, right = summed(torch.tensor([loss, right], dtype=torch.double)).tolist()
-    norm = step(optimizer, s, where, lambda: encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length))
-    return {"loss": loss, "accuracy": right / len(pairs), "grad_norm": norm}
+def check_model(network, tokenizer, s):
+    """What later stages need of the model is tried before the first one trains."""
+    config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
+    rope, room = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", math.inf)
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond it, states depend on the longest row of a pass
+        room = rope.get("original_max_position_embeddings", room)
+    if longest > room or len(tokenizer) > config.vocab_size:
+        have = f"room for {room} and embeds {config.vocab_size} tokens"
+        stop(f"--model {s.model}: has {have}; rows may have {longest}, and --tokenizer has {len(tokenizer)}")
+    size, free = sum(p.numel() for p in network.parameters()), shutil.disk_usage(s.run_dir).free
+    if free < size * (4 if s.supervised_lora_r else 28):  # the model, and a checkpoint beside the one before it
+        stop(f"--run_dir {s.run_dir}: {free / 1e9:.1f} GB are free, too little for the checkpoints of SFT")
+    try:
+        add_lora(network, s.lora_r, s.seed, "check").unload().requires_grad_(not s.supervised_lora_r) if s.lora_r else None
+    except ValueError as error:
+        stop(f"--model {s.model}: peft cannot add LoRA to it ({error}); train all weights with --lora_r 0")
 
 
 def train_rm(s):
-    """Alg. 1, line 1. The reward model: the SFT network with a scalar head read at EOS, fitted by Eq. (1)."""
+    """Alg. 1, line 1. The reward model: the SFT network with a scalar head read at the last token, fitted by Eq. (1)."""
     rows, held_out = load_rows(s.preference_dataset, "pairs", s.seed)
-    tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
-    model = load_network(f"{s.run_dir}/sft", s, AutoModelForSequenceClassification, not s.supervised_lora_r, num_labels=1)
-    d = model.score.in_features
-    head = scalar_head(torch.randn(1, d, generator=generator(s.seed, "rm head")).to(s.device) / math.sqrt(d + 1))
-    head.bias.requires_grad_(False)  # the loss sees differences only
-    backbone = add_lora(model.base_model, s.supervised_lora_r, s.seed) if s.supervised_lora_r else model.base_model
+    tokenizer, start = load_tokenizer(f"{s.run_dir}/sft", s), s.rm_model or f"{s.run_dir}/sft"
+    model = load_network(start, s, AutoModelForSequenceClassification, not s.supervised_lora_r, num_labels=1)
+    weight = torch.randn(model.score.weight.shape, generator=generator(s.seed, "rm head"))
+    head = scalar_head(weight.to(s.device) / math.sqrt(weight.shape[1] + 1))  # N+ detail 11
+    head.weight.requires_grad_(True)  # not the bias: the loss sees differences only
+    backbone = add_lora(model.base_model, s.supervised_lora_r, s.seed, "rm") if s.supervised_lora_r else model.base_model
 
-    def pair_loss(pairs):
-        batch = encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length)
-        chosen, rejected = end_scores(backbone, head, batch).chunk(2)
+    def loss_of(part):
+        chosen, rejected = end_scores(backbone, head, part).chunk(2)
         return bradley_terry_loss(chosen, rejected), chosen - rejected
 
-    updates = s.rm_steps or max(1, len(rows) // s.rm_batch_size)
-    for update, optimizer, metrics in training("rm", updates, s.rm_lr, nn.ModuleDict({"reward": backbone, "head": head}), s):
-        pairs = draw(rows, s.rm_batch_size, update, s.seed, "rm")
-        metrics.update(pair_update(pairs, s, optimizer, pair_loss, tokenizer, f"rm update {update + 1}"))
+    given = {"reward": backbone, "head": head}, loss_of, s.rm_steps, s.rm_lr, s.rm_batch_size
+    fit("rm", rows, ["chosen", "rejected"], s.preference_length, *given, s, tokenizer)
 
-    if s.supervised_lora_r:
-        backbone = backbone.merge_and_unload()  # before it is measured: in bfloat16 merging rounds
-    held_out, by_batch, size = held_out[:HELD_OUT_PAIRS], {}, max(1, s.micro_batch // 2)  # a pair is two rows
+    backbone = backbone.merge_and_unload() if s.supervised_lora_r else backbone
+    pairs, by_batch = sampled(held_out, 2000, s.seed, "rm held out"), {}
+    batch, margins = encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length), torch.zeros(len(pairs))
     with torch.no_grad():
-        margins = torch.cat([pair_loss(held_out[i : i + size])[1] for i in range(0, len(held_out), size)])
-        references = load_rows(s.dataset, "reference", s.seed)[0][:REFERENCES_FOR_BIAS]
-        scores = reference_scores(backbone, head, references, s, tokenizer)
-    for right, row in zip((margins > 0).tolist(), held_out):  # N+ detail 16: accuracy differs by labelling batch
-        count = by_batch.setdefault(row["batch"] or "all", {"right": 0, "pairs": 0})
-        count["right"], count["pairs"] = count["right"] + right, count["pairs"] + 1
-    accuracy = (margins > 0).double().mean().item()
+        for index, part in micro_batches(batch, s.micro_batch, pairs=True):
+            margins[index.cpu()] = loss_of(part)[1].cpu()
+        references = sampled(load_rows(s.dataset, "reference", s.seed)[0], 2048, s.seed, "bias")
+        scores = per_row(lambda part: end_scores(backbone, head, part), references, None, s, tokenizer)
+    right = (summed(margins) > 0).tolist()
+    for hit, pair in zip(right, pairs):  # N+ detail 16: accuracy differs by labelling batch
+        by_batch.setdefault(pair["batch"] or "all", []).append(hit)
     model.score.weight.data.copy_(head.weight)
     model.config.reward_bias = scores.mean().item()  # N+ detail 15: references score 0 on average
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:  # transformers' own classifier reads before the padding
-        model.config.pad_token_id = None
+    model.config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     save_network(model, tokenizer, Path(s.run_dir) / "rm")
-    error, spread = math.sqrt(accuracy * (1 - accuracy) / len(held_out)), scores.std(correction=0).item()
-    print(
-        f"rm: accuracy {accuracy:.3f} +- {1.96 * error:.3f} (95 %) on {len(held_out)} held-out pairs; references scored "
-        f"{scores.mean():.2f} with spread {spread:.2f}, and from here on 0 on average"
-    )
-    return {"accuracy": accuracy, "accuracy_by_batch": by_batch, "reference_score_std": spread}
+    by_batch = {name: {"accuracy": mean(hits), "pairs": len(hits)} for name, hits in by_batch.items()}
+    return {"accuracy": mean(right), "accuracy_ci95": wilson(right), "accuracy_by_batch": by_batch, "pairs": len(right)}
 
 
 def train_dpo(s):
-    """Direct preference optimisation, from the SFT network, on the pairs that the reward model was fitted on."""
-    rows, _ = load_rows(s.preference_dataset, "pairs", s.seed)
-    tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
-    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r, s.seed)
+    """Direct preference optimization, from the SFT network, on the pairs that the reward model was fitted on."""
+    rows, tokenizer = load_rows(s.preference_dataset, "pairs", s.seed)[0], load_tokenizer(f"{s.run_dir}/sft", s)
+    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r), s, "dpo")
 
-    def pair_loss(pairs):
-        batch = encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length)
+    def loss_of(part):
         with torch.no_grad(), reference() as network:
-            ref = sequence_logprobs(network, batch).chunk(2)
-        return dpo_loss(*sequence_logprobs(policy, batch).chunk(2), *ref, s.dpo_beta)
+            ref = sequence_logprobs(network, part).chunk(2)
+        return dpo_loss(*sequence_logprobs(policy, part).chunk(2), *ref, s.dpo_beta)
 
-    updates = s.updates or max(1, len(rows) // s.dpo_batch_size)
-    for update, optimizer, metrics in training("dpo", updates, s.dpo_lr, nn.ModuleDict({"policy": policy}), s):
-        pairs = draw(rows, s.dpo_batch_size, update, s.seed, "dpo")
-        metrics.update(pair_update(pairs, s, optimizer, pair_loss, tokenizer, f"dpo update {update + 1}"))
+    given = {"policy": policy}, loss_of, s.updates, s.dpo_lr, s.dpo_batch_size
+    fit("dpo", rows, ["chosen", "rejected"], s.preference_length, *given, s, tokenizer)
     save_network(policy, tokenizer, Path(s.run_dir) / "dpo")
 
 
-def train_drpo(s, stage="drpo"):
-    """Algorithm 1 with PPO as its policy optimiser. PPO itself is this function at beta = 0, which `run_stage` sets."""
-    references, _ = load_rows(s.dataset, "reference", s.seed)
-    # D_TR, what is reset to: a row's "reference" is the human one, or the preferred response of a pair
-    rows = references if s.reset_to == "reference" else load_rows(s.preference_dataset, "reference", s.seed)[0]
-    tokenizer = load_tokenizer(f"{s.run_dir}/sft", s)
-    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, full=not s.lora_r), s.lora_r, s.seed)
-    backbone, reward_head = load_reward(f"{s.run_dir}/rm", s, full=not s.lora_r)
-    critic, reward = twin(backbone, s.lora_r, s.seed)  # the critic starts as the reward model, head and all
-    value_head = copy.deepcopy(reward_head).requires_grad_(True)
-    # Of these, `reference` and `reward` are contexts: `with roles.reference() as network` gives the frozen network
-    roles = SimpleNamespace(
-        policy=policy, reference=reference, critic=critic, value_head=value_head, reward=reward, reward_head=reward_head
-    )
-    check_references(roles, references, tokenizer, s)
+def build_roles(sft_network, reward_model, s):
+    """SFT network, and (backbone, head) of the reward model -> roles. `reference` and `reward` are context managers that give
+    the frozen network. With RLOO there is no critic."""
+    policy, reference = twin(sft_network, s, "policy")
+    backbone, reward_head = reward_model
+    roles = SimpleNamespace(policy=policy, reference=reference, reward_head=reward_head, critic=None, value_head=None)
+    roles.reward = lambda: contextlib.nullcontext(backbone)
+    if s.advantages == "gae":  # the critic starts as the reward model, head and all
+        roles.critic, roles.reward = twin(backbone, s, "critic")
+        roles.value_head = copy.deepcopy(reward_head).requires_grad_(True)
+    return roles
 
-    modules = nn.ModuleDict({"policy": policy, "critic": critic, "value_head": value_head})
+
+def train_drpo(s, stage="drpo"):
+    """Algorithm 1 with PPO as its policy optimizer. PPO itself is this function at beta = 0."""
+    references, is_gae = load_rows(s.dataset, "reference", s.seed)[0], s.advantages == "gae"
+    rows = load_rows(s.preference_dataset, "reference", s.seed)[0] if s.reset_to == "chosen" else references  # D_TR
+    tokenizer, sft_network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
+    roles = build_roles(sft_network, load_reward(f"{s.run_dir}/rm", s, trained=is_gae and not s.lora_r), s)
+    with roles.reward() as network:  # self-check: the reward model sees the references as in training
+        some = sampled(references, 256, s.seed, "check")
+        scores = per_row(lambda part: end_scores(network, roles.reward_head, part), some, None, s, tokenizer)
+    error = scores.std(correction=0).item() / math.sqrt(len(some))
+    tqdm.write(f"check: SFT references score {scores.mean():.2f} +- {error:.2f} (standard error); it should be 0")
+    if not abs(scores.mean()) < 5 * error + (1e-4 if s.dtype == "float32" else 0.1):
+        stop("the reward model does not see the references as it was trained on them", 3)
+
+    modules = nn.ModuleDict({k: x for k in ("policy", "critic", "value_head") if (x := getattr(roles, k)) is not None})
     for update, optimizer, metrics in training(stage, s.updates or max(1, len(rows) // s.batch_size), s.lr, modules, s):
-        metrics.update(drpo_update(roles, optimizer, rows, update, tokenizer, s, f"{stage} update {update + 1}"))
-    save_network(policy, tokenizer, Path(s.run_dir) / stage)
+        metrics |= drpo_update(roles, optimizer, rows, update, tokenizer, s, f"{stage} update {update + 1}")
+    save_network(roles.policy, tokenizer, Path(s.run_dir) / stage)
 
 
 def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
-    """Lines 3 to 6 of Algorithm 1: one batch of rollouts from resets, and the PPO steps on it -> metrics, all floats."""
-    policy, critic, value_head, B, T = roles.policy, roles.critic, roles.value_head, s.batch_size, s.response_length
-    tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats that rounding may cost, and a bug exceeds
-    laps = [lap(s)]
-    # Lines 3 and 4: reset to the prompt and, with probability beta, a prefix of the row's response of the data; roll out
-    batch = reset_rollouts(policy, rows, update, tokenizer, s)
-    reset_len, lengths = batch["reset_len"], batch["response_len"]
-    sampled, in_policy_loss, in_rest = token_masks(reset_len, lengths, T, s.masking)
+    """Alg. 1, lines 3 to 6: one batch of rollouts from resets, and the PPO steps on it -> metrics, all floats."""
+    B, T, is_gae, laps = s.batch_size, s.response_length, s.advantages == "gae", [lap(s)]
+    tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats that rounding may cost, and a mistake exceeds
+    # Lines 3 and 4: reset to the prompt and, with probability beta, a prefix of the data's response; roll out
+    batch = reset_rollouts(roles, rows, update, tokenizer, s)
+    reset_len, has_eos = batch["reset_len"], batch["has_eos"]
+    mask = token_mask(reset_len, batch["response_len"], T)
     laps.append(lap(s))
 
-    # Line 5: reward and log-ratio of every step. Log-probabilities come from the training forward, not the sampler
+    # Line 5: reward and log-ratio of every step. Log-probabilities come from the training pass, not from the sampler
     with torch.no_grad():
         logprobs, ref_logprobs, entropy, values = of_steps = torch.zeros(4, B, T, device=s.device)
         scores = torch.zeros(B, device=s.device)
-        for chunk, part in micro_batches(batch, s):
-            logprobs[chunk], entropy[chunk] = response_logprobs(policy, part, s.temperature, in_rest[chunk])
-            values[chunk] = response_values(critic, value_head, part, in_rest[chunk])
+        for i, part in micro_batches(batch, s.micro_batch):
+            logprobs[i], entropy[i] = response_logprobs(roles.policy, part, mask[i], s.temperature)
             with roles.reference() as network:
-                ref_logprobs[chunk], _ = response_logprobs(network, part, s.temperature, in_rest[chunk])
+                ref_logprobs[i], _ = response_logprobs(network, part, mask[i], s.temperature)
             with roles.reward() as network:
-                scores[chunk] = end_scores(network, roles.reward_head, part)
-        summed(of_steps), summed(scores)  # in place, over the processes
-        log_ratios = log_ratio(logprobs, ref_logprobs, sampled)
-        if update == 0:
-            check_first_update(log_ratios, reset_len, tolerance, s)
-        scores = torch.where(batch["has_eos"], scores, s.missing_eos_score)
-        rewards = penalised_rewards(scores, logprobs, ref_logprobs, sampled, s.kl_coef)
-        if s.masking == "official":  # the KL reward on all other tokens too; the score stays where it is
-            rewards += penalised_rewards(0 * scores, logprobs, ref_logprobs, ~sampled, s.kl_coef)
-        scaled = masked_whiten(rewards, in_rest, shift_mean=False) if s.whiten_rewards else rewards
-        raw_advantages, returns = gae(scaled, values, in_rest, s.gamma, s.lam)
-        advantages = masked_whiten(raw_advantages, in_rest)
+                scores[i] = end_scores(network, roles.reward_head, part)
+            if is_gae:
+                values[i] = response_values(roles.critic, roles.value_head, part, mask[i])
+        summed(of_steps), summed(scores)
+        kl, below = log_ratio(logprobs, ref_logprobs, mask), (scores[has_eos] < s.missing_eos_score).float().mean()
+        reset_share, n = (reset_len > 0).float().mean().item(), B if is_gae else B // s.group
+        if update == 0:  # self-checks; with the two flags a reset may be of no token
+            tqdm.write(f"check: {reset_share:.2f} of the rollouts start from a reset; beta is {s.beta:g}")
+            tqdm.write(f"check: |ln pi - ln pi_SFT| is at most {kl.abs().max():.1e} before the first step; it should be 0")
+            tqdm.write(f"check: {below:.2f} of the ended responses score below --missing_eos_score {s.missing_eos_score:g}")
+            exact = not s.reset_include_prompt and s.reset_to != "sft"
+            if exact and abs(reset_share - s.beta) > 5 * math.sqrt(s.beta * (1 - s.beta) / n) + 1e-6:
+                stop(f"{where}: resets do not happen as often as beta says", 3)
+            if not kl.abs().max() < tolerance:
+                stop(f"{where}: the reference is not the SFT network that the policy starts from", 3)
+        scores = torch.where(has_eos, scores, s.missing_eos_score)
+        if is_gae:
+            rewards = penalised_rewards(scores, logprobs, ref_logprobs, mask, s.kl_coef)
+            rewards = masked_whiten(rewards, mask, shift_mean=False) if s.whiten_rewards else rewards
+            raw_advantages, returns = gae(rewards, values, mask, s.gamma, s.lam)
+        else:
+            raw_advantages = rloo_advantages(scores - s.kl_coef * kl.sum(1), s.group)[:, None].expand(B, T)
+        advantages = masked_whiten(raw_advantages, mask)
     laps.append(lap(s))
 
     # Line 6: PPO, `epochs` steps on the whole batch
-    seen = batch | dict(
-        logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores, rewards=rewards, advantages=advantages
-    )
     new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
     for epoch in range(s.epochs):
-        for chunk, part in micro_batches(batch, s):
-            mask, rest = in_policy_loss[chunk], in_rest[chunk]
-            part_logprobs, _ = response_logprobs(policy, part, s.temperature, rest)
-            part_values = response_values(critic, value_head, part, rest)
-            pg_loss, _ = ppo_policy_loss(part_logprobs, logprobs[chunk], advantages[chunk], mask, s.cliprange)
-            vf_loss, _ = ppo_value_loss(part_values, values[chunk], returns[chunk], rest, s.cliprange_value)
-            # a mean over some rows, times their share of the tokens: summed up, the mean over the whole batch
-            loss = pg_loss * mask.sum() / in_policy_loss.sum() + s.vf_coef * vf_loss * rest.sum() / in_rest.sum()
-            loss.backward()
-            new_logprobs[epoch][chunk], new_values[epoch][chunk] = part_logprobs.detach(), part_values.detach()
-        summed(new_logprobs[epoch]), summed(new_values[epoch])
-        drift = log_ratio(new_logprobs[epoch], logprobs, in_policy_loss).abs().max().item()
-        if epoch == 0 and drift > tolerance:  # not a number goes on to `step`, which keeps the batch
-            stop(
-                f"{where}: before any step the policy differs from the one that was scored (ln ratio up to {drift:.1e}, "
-                f"should be 0): look for dropout, padding, masks, temperature",
-                3,
-            )
-        grad_norm = step(optimizer, s, where, lambda: seen)
+        for i, part in micro_batches(batch, s.micro_batch):
+            part_logprobs, _ = response_logprobs(roles.policy, part, mask[i], s.temperature)
+            loss, _ = ppo_policy_loss(part_logprobs, logprobs[i], advantages[i], mask[i], s.cliprange)
+            new_logprobs[epoch, i] = part_logprobs.detach()
+            if is_gae:
+                part_values = response_values(roles.critic, roles.value_head, part, mask[i])
+                loss += s.vf_coef * ppo_value_loss(part_values, values[i], returns[i], mask[i], s.cliprange_value)[0]
+                new_values[epoch, i] = part_values.detach()
+            (loss * mask[i].sum() / mask.sum()).backward()  # summed over micro-batches: the mean over all tokens of the batch
+        drift = log_ratio(summed(new_logprobs[epoch]), logprobs, mask).abs().max().item()
+        if epoch == 0 and drift > tolerance:  # False for NaN, which `step` catches
+            stop(f"{where}: the policy differs from the one that was scored by {drift:.1e} nats before any step", 3)
+        seen = batch | {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "advantages": advantages}
+        grad_norm = step(optimizer, s, where, seen | {"scores": scores})
     laps.append(lap(s))
 
-    mask, rest = [x.expand(s.epochs, B, T) for x in (in_policy_loss, in_rest)]  # losses and ratios: means over the epochs
-    pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, mask, s.cliprange)
-    vf_loss, vf_clipfrac = ppo_value_loss(new_values, values, returns, rest, s.cliprange_value)
-    log_rho = log_ratio(new_logprobs, logprobs, mask)
-    seconds = {phase: end - start for phase, (start, _), (end, _) in zip(PHASES, laps, laps[1:])}
-    figures = {
-        "score": scores.mean(),
-        "kl": log_ratios.sum(1).mean(),
-        "non_score_reward": rewards.sum(1).mean() - scores.mean(),
-        "entropy": masked_mean(entropy, sampled),
-        "loss": pg_loss + s.vf_coef * vf_loss,
-        "pg_loss": pg_loss,
-        "vf_loss": vf_loss,
-        "clipfrac": clipfrac,
-        "vf_clipfrac": vf_clipfrac,
-        "ratio": log_rho.exp()[mask].mean(),
-        "ratio_var": log_rho.exp()[mask].var(),
-        "approx_kl": -log_rho[mask].mean(),
-        "approx_kl3": (log_rho.exp() - 1 - log_rho)[mask].mean(),  # Schulman's k1, k3
-        "explained_variance": 1 - raw_advantages[in_rest].var() / returns[in_rest].var(),
-        "advantage_mean": raw_advantages[in_rest].mean(),
-        "advantage_std": raw_advantages[in_rest].std(),
-        "eos_rate": batch["has_eos"].float().mean(),
-        "response_tokens": lengths.float().mean(),
-        "reset_share": (reset_len > 0).float().mean(),
-        "prefix_share": (reset_len / lengths)[reset_len > 0].mean() if reset_len.any() else 0.0,
-        "tokens_decoded": batch["decoded"].sum(),
-        "tokens_forced": reset_len.sum(),
-        "grad_norm": grad_norm,
-        "tokens_per_second": lengths.sum() / sum(seconds.values()),
-        **{f"seconds_{phase}": value for phase, value in seconds.items()},
+    m = mask.expand(s.epochs, B, T)  # losses and ratios: means over the epochs
+    pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, m, s.cliprange)
+    log_rho = log_ratio(new_logprobs, logprobs, m)[m]
+    figures = {"score": scores.mean(), "kl": kl.sum(1).mean(), "entropy": masked_mean(entropy, mask), "loss": pg_loss}
+    figures |= {"pg_loss": pg_loss, "clipfrac": clipfrac, "grad_norm": grad_norm, "ratio": log_rho.exp().mean()}
+    figures |= {"approx_kl": (log_rho.exp() - 1 - log_rho).mean(), "eos_rate": has_eos.float().mean()}  # Schulman's k3
+    figures |= {
+        "response_tokens": batch["response_len"].float().mean(),
+        "reset_share": reset_share,
+        "tokens_decoded": mask.sum(),
     }
-    if s.device.startswith("cuda"):
-        figures |= {f"gb_{phase}": peak for phase, (_, peak) in zip(PHASES, laps[1:])}
+    if is_gae:
+        vf_loss, vf_clipfrac = ppo_value_loss(summed(new_values), values, returns, m, s.cliprange_value)
+        figures |= {"vf_loss": vf_loss, "vf_clipfrac": vf_clipfrac, "loss": pg_loss + s.vf_coef * vf_loss}
+        figures["explained_variance"] = 1 - raw_advantages[mask].var() / returns[mask].var()
+    for phase, (start, _), (end, gb) in zip(("rollout", "score", "update"), laps, laps[1:]):
+        figures |= {f"seconds_{phase}": end - start} | ({f"gb_{phase}": gb} if gb else {})
     return {name: float(value) for name, value in figures.items()}
 
 
 def lap(s):
-    """-> seconds on the clock, and the most GB that the GPU has held since the last lap. All work is done by then."""
+    """-> seconds on the clock when all work is done, and the most GB that the GPU held since the last lap (0 on a CPU)."""
     if not s.device.startswith("cuda"):
         return time.perf_counter(), 0.0
     torch.cuda.synchronize(s.device)
@@ -836,71 +1028,186 @@ def lap(s):
     return time.perf_counter(), peak
 
 
-def check_first_update(log_ratios, reset_len, tolerance, s):
-    """Two mistakes that no curve shows at once, looked for before the first step. Each check prints a line, or stops."""
-    reset_share, sigma = (reset_len > 0).float().mean().item(), math.sqrt(s.beta * (1 - s.beta) / len(reset_len))
-    zero = ", some with none of its tokens (not checked)" if s.reset_include_prompt else ""
-    tqdm.write(f"check: {reset_share:.2f} of the rollouts start from a reset, and beta is {s.beta:g}{zero}")
-    if not s.reset_include_prompt and abs(reset_share - s.beta) > 5 * sigma + 1e-6:
-        stop("resets do not happen as often as beta says", 3)
-    tqdm.write(f"check: |ln pi - ln pi_SFT| is at most {log_ratios.abs().max():.1e} before the first step; it should be 0")
-    if not log_ratios.abs().max() < tolerance:
-        stop("the reference is not the SFT model that the policy starts from", 3)
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Evaluation: every finished method on the same held-out prompts.
 
 
-def check_references(roles, references, tokenizer, s):
-    """A third: the reward model must see what it was trained on, and then SFT references score 0 on average."""
-    with roles.reward() as network:
-        some = draw(references, min(256, len(references)), 0, s.seed, "check")
-        scores = reference_scores(network, roles.reward_head, some, s, tokenizer)
-    mean, error = scores.mean().item(), scores.std(correction=0).item() / math.sqrt(len(scores))
-    tqdm.write(f"check: SFT references score {mean:.2f} +- {error:.2f} (standard error); it should be 0")
-    if not abs(mean) < 5 * error + (1e-4 if s.dtype == "float32" else 0.1):
-        stop("the reward model does not see the references as it was trained on them", 3)
+@torch.no_grad()
+def per_row(function, rows, responses, s, tokenizer):
+    """function(batch) -> (B,), over all rows with these responses (lists of ids; None: references) -> (rows,), on the CPU."""
+    responses = responses or [encode_response(row["reference"], tokenizer, s.response_length) for row in rows]
+    queries, out = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows], torch.zeros(len(rows))
+    for index, part in micro_batches(collate(queries, responses, s.response_length, s.device), s.micro_batch):
+        out[index.cpu()] = function(part).float().cpu()
+    return summed(out)
+
+
+def rouge(texts, rows, kind):
+    """ROUGE F1 with stemming, per text; None where most letters of the reference are not ASCII, which its tokenizer drops."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer, letters = (
+        RougeScorer([kind], use_stemmer=True),
+        [[c.isascii() for c in x["reference"] if c.isalpha()] for x in rows],
+    )
+    scores = [scorer.score(row["reference"], text)[kind].fmeasure for text, row in zip(texts, rows)]
+    return [score if 2 * sum(ascii) > len(ascii) else None for score, ascii in zip(scores, letters)]
+
+
+def mean(values):
+    """The mean of those that are not None; None if there are none."""
+    values = [float(value) for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def wilson(wins, z=1.96):
+    """Wins (1, 0, ties 0.5, None undecided) -> the 95 % interval [low, high] of their share; None if there are none."""
+    if (p := mean(wins)) is None:
+        return None
+    n = sum(win is not None for win in wins)
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
+
+
+def find_judge(s):
+    """-> judge(prompts, a, b) -> [P(a is preferred), or None, ...], from lists of texts; or the folder of a reward model."""
+    if s.judge == "rm" or (s.judge.startswith("rm:") and Path(s.judge[3:], "rm", "config.json").exists()):
+        return Path(s.judge[3:] or s.run_dir, "rm")
+    what = "rm, rm:RUN_DIR (with a reward model) or module:function; for an API: python -m tools.judge"
+    return resolve(s.judge) or stop(f"--judge {s.judge}: must be {what}")
+
+
+def evaluate(s):
+    """-> samples.jsonl and report.json: win rate against the references, RM score, KL, ROUGE, length, EOS rate."""
+    run, tokenizer, judge = Path(s.run_dir), load_tokenizer(f"{s.run_dir}/sft", s), find_judge(s)
+    rows = sampled(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s.seed, "eval")
+    sft, reward_model = load_network(f"{run}/sft", s), load_reward(f"{run}/rm", s)
+    judge_model = load_reward(str(judge), s) if isinstance(judge, Path) else None
+
+    def measure(function, responses):
+        return per_row(function, rows, responses, s, tokenizer)
+
+    def scores_of(model, responses):  # of token ids; a response that does not end scores as in training
+        ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in responses])
+        return torch.where(ended, measure(lambda part: end_scores(*model, part), responses), s.missing_eos_score)
+
+    samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
+    for method in tqdm([stage for stage in USES if stage != "rm" and finished(s, stage)], desc="eval", unit="method"):
+        network = sft if method == "sft" else load_network(f"{run}/{method}", s)
+        responses, tempered = [sample(network, rows, s, tokenizer, t) for t in (s.eval_temperature, s.temperature)]
+        log_pi, log_sft = [measure(lambda x: sequence_logprobs(net, x, s.temperature), tempered) for net in (network, sft)]
+        texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+        if judge_model:
+            gap = scores_of(judge_model, responses) - measure(lambda part: end_scores(*judge_model, part), None)
+            wins = ((torch.sign(gap) + 1) / 2).tolist()
+        else:
+            wins = list(judge([row["prompt"] for row in rows], texts, [row["reference"] for row in rows]))
+        columns = {"response": texts, "win_rate": wins, "rm_score": scores_of(reward_model, responses).tolist()}
+        columns |= {"kl": (log_pi - log_sft).tolist(), "kl_rm_score": scores_of(reward_model, tempered).tolist()}
+        columns |= {f"rouge_{kind.lower()}": rouge(texts, rows, f"rouge{kind}") for kind in "12L"}
+        columns["response_tokens"] = list(map(len, responses))
+        columns["eos_rate"] = [int(ids[-1] == tokenizer.eos_token_id) for ids in responses]
+        for row, *values in zip(samples, *columns.values(), strict=True):
+            row[method] = dict(zip(columns, values))
+    if world()[0] == 0:
+        seen = {row["prompt"] for row in load_rows(s.preference_dataset, "pairs", s.seed)[0]}
+        print(f"eval: {sum(row['prompt'] in seen for row in rows)} of {len(rows)} prompts also stand in the preference data")
+        write_report(run, samples, dataclasses.asdict(s), s.judge)
+
+
+def write_report(run, samples, settings, judge):
+    """Writes RUN/samples.jsonl and RUN/report.json, and prints a table."""
+    results = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/result.json")}
+    report = {"methods": {}, "judge": judge, "prompts": len(samples), "settings": settings}
+    report["seconds"] = {stage: results[stage].pop("seconds") for stage in USES if stage in results}
+    keys = ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")
+    print("method  win rate vs reference     RM score  KL to SFT   ROUGE-L    tokens  EOS rate")
+    for name in [name for name in USES if name in samples[0]]:
+        columns = {key: [row[name][key] for row in samples] for key in samples[0][name] if key != "response"}
+        of = report["methods"][name] = {key: mean(column) for key, column in columns.items()}
+        low, high = of["win_rate_ci95"] = wilson(columns["win_rate"]) or [math.nan, math.nan]
+        first, *others = [math.nan if of[key] is None else of[key] for key in keys]
+        print(f"{name:6}  {first:.3f} [{low:.3f}, {high:.3f}]  ", *(f"{figure:9.3f}" for figure in others))
+    print(f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {results['rm']['accuracy']:.3f}")
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
+    save_whole(report | {"sft": results["sft"], "rm": results["rm"]}, run / "report.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Running.
+# 9. Running.
 
 STAGES = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": lambda s: train_drpo(s, "ppo"), "drpo": train_drpo}
+NEEDS = {"sft": [], "rm": ["sft"], "dpo": ["sft"], "ppo": ["sft", "rm"], "drpo": ["sft", "rm"], "eval": ["sft", "rm"]}
+
+
+def finished(s, stage):
+    return Path(s.run_dir, stage, "result.json").exists()
+
+
+def rows_of(stage, s):
+    """-> {source: rows} that a stage reads."""
+    pairs = stage in ("rm", "dpo") or (stage in ("ppo", "drpo") and s.reset_to == "chosen")
+    kinds = {"dataset": "reference"} | ({"preference_dataset": "pairs"} if pairs else {})
+    return {name: load_rows(getattr(s, name), kind, s.seed) for name, kind in kinds.items()}
+
+
+def preflight(stages, s):
+    """Whatever a later stage needs is tried before the first one trains (train_sft tries the model). Status 2 if it fails."""
+    todo = [stage for stage in stages if not finished(s, stage)]
+    try:
+        torch.empty(0, device=s.device)
+        Path(s.run_dir).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError, AssertionError) as error:
+        stop(f"--run_dir {s.run_dir} or --device {s.device}: {error}")
+    for i, stage in enumerate(todo):
+        for needed in NEEDS[stage]:
+            if needed not in todo[:i] and not finished(s, needed):
+                stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
+        rows_of(stage, s)
+    if "eval" in todo and not isinstance(judge := find_judge(s), Path):  # asked about one row, it costs nothing to know now
+        row = load_rows(s.dataset, "reference", s.seed)[1][0]
+        try:
+            judge([row["prompt"]], [row["reference"]], [row["reference"]])
+        except Exception as error:
+            stop(f"--judge {s.judge}: {error}")
 
 
 def run_stage(stage, s):
-    """One stage, from the finished ones before it to its own result.json. A finished stage with the same settings is kept."""
-    result = Path(s.run_dir) / stage / "result.json"
-    for needed in {"sft": (), "rm": ("sft",), "dpo": ("sft",)}.get(stage, ("sft", "rm")):
-        if not (Path(s.run_dir) / needed / "result.json").exists():
-            stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
+    """A finished stage is kept, an interrupted one resumes from its checkpoint; both only with the same settings and inputs."""
     if stage == "eval":
-        from tools import evaluation
-
-        return evaluation.evaluate(s)
-    if stage == "ppo":
-        s = dataclasses.replace(s, beta=0.0)
-    if result.exists():
-        refuse_if_changed(result, s, stage)
-        return print(f"{stage}: finished, and kept (delete {result.parent} to train it anew)")
-    result.parent.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    figures = STAGES[stage](s) or {}
-    if world()[0] == 0:
-        result.write_text(
-            json.dumps({"seconds": time.perf_counter() - began, **figures, "settings": relevant(s, stage)}, indent=1)
-        )
-    wait_for_all()
+        return evaluate(s)
+    s, folder, block, new = dataclasses.replace(s, beta=0.0) if stage == "ppo" else s, Path(s.run_dir) / stage, "", {}
+    for name, value in vars(s).items():
+        block = BLOCKS.get(name, block)
+        new |= {name: value} if block in USES[stage] else {}
+    new |= {f"rows of {name}": hashlib.sha256(repr(x).encode()).hexdigest()[:16] for name, x in rows_of(stage, s).items()}
+    for needed in NEEDS[stage]:  # its seconds tell one training from another
+        new[needed] = json.loads(Path(s.run_dir, needed, "result.json").read_text())["seconds"]
+    if stage == "sft":
+        new["files of model"] = [[path.name, path.stat().st_mtime] for path in sorted(Path(s.model).glob("*.safetensors"))]
+    if (folder / "settings.json").exists():
+        old = json.loads((folder / "settings.json").read_text())
+        if changed := [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]:
+            stop(f"{folder} was made with other settings ({'; '.join(changed)}): name another --run_dir or delete {folder}")
+    if finished(s, stage):
+        return print(f"{stage}: finished, and kept (delete {folder} to train it anew)")
+    folder.mkdir(parents=True, exist_ok=True)
+    began, is_first = time.perf_counter(), world()[0] == 0
+    save_whole(new, folder / "settings.json") if is_first else None
+    figures = {**(STAGES[stage](s) or {}), "seconds": time.perf_counter() - began}
+    save_whole(figures, folder / "result.json") if is_first else None
+    print(f"{stage}:", *(f"{name} {value:.3f}," for name, value in figures.items() if isinstance(value, float)), f"in {folder}")
+    dist.barrier() if world()[1] > 1 else None
 
 
 def parse(argv):
     """-> (stage, Settings). What the command line does not give comes from the preset, and then from Settings."""
-    parser = HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=__doc__.partition("\n")[0])
+    description = __doc__.partition("\n")[0]
+    parser = transformers.HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=description)
     parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "eval", "all"], help="what to run")
     parser.error = stop
-    preset = ["tiny"] + [
-        word.removeprefix("--preset=") if "=" in word else after
-        for word, after in zip(argv, [*argv[1:], ""])
-        if word.partition("=")[0] == "--preset"
-    ]
-    parser.set_defaults(preset=preset[-1], **PRESETS.get(preset[-1], {}))
+    preset = (re.findall(r"(?<!\S)--preset[= ](\S+)", " ".join(argv)) or ["tiny"])[-1]
+    parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
     try:
         s, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:  # a word or a flag that nothing takes
@@ -909,28 +1216,39 @@ def parse(argv):
 
 
 def main(argv=None):
-    from tools import preflight, report
-
-    prepare()
+    sys.path.append(os.getcwd())  # for module:function
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     stage, s = parse(sys.argv[1:] if argv is None else argv)
-    runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
     stages = [*STAGES, "eval"] if stage == "all" else [stage]
-    with contextlib.ExitStack() as held:
-        join(s, held)  # the other processes, if there are any
-        if world()[0] == 0:
-            for one in runs:  # what is wrong is found before anything is trained
-                preflight.check(stages, one, held)
-        wait_for_all()
-        held.enter_context(precision(s))
+    if "LOCAL_RANK" in os.environ:  # torchrun
+        is_cuda = s.device.startswith("cuda")
+        torch.cuda.set_device(s.device) if is_cuda else None
+        dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
+        sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
+    runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
+    try:
         for one in runs:
-            for name in stages:
-                run_stage(name, one)
-        if stage in ("eval", "all") and world()[0] == 0:
-            tables = [report.write(folder) for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir])]
-            print(tables[-1])
+            preflight(stages, one)
+        for one in runs:
+            with precision(one):
+                for name in stages:
+                    run_stage(name, one)
+        if "eval" in stages and world()[0] == 0 and Path(__file__).with_name("tools").is_dir():
+            from tools import report  # figures, and over several seeds the table
+
+            for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir]):
+                print(report.write(folder))
+    except KeyboardInterrupt:
+        stop("interrupted; the same command resumes from the last checkpoint", 130)
+    except Exception as error:  # a full disk, as Python, torch or safetensors tell it
+        if not isinstance(error, OSError) and not re.search("No space left|writ", str(error)):
+            raise
+        stop(f"{s.run_dir}: {error}; what was saved before is whole, and the same command resumes from there", 3)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    import drpo  # so that tools and toys find this module, not a second one
-
-    drpo.main()
+    main()

@@ -1,30 +1,45 @@
-"""What a run costs, before it is started: seconds, tokens per second and memory of an update by phase, and of the run.
+"""What a run costs, before it is started: seconds, tokens per second, memory and MFU of an update by phase, and of the run.
 
-    python -m tools.bench [--preset P] [settings of drpo.py]     times drpo.drpo_update itself, as PPO and as DR-PO
-        --random_weights       the shape of --model (a Pythia size) with random weights: nothing is downloaded
-        --micro_batch auto     the largest that fits: on a GPU by trying, on a CPU by the plan
-        --lengths FILE         posts of a .jsonl file and the real tokenizer, in place of synthetic rows
-        --iterations N         timed updates (3; of --peers 5); figures are medians
-        --json FILE            the figures for a program
+    python -m tools.bench [--preset tldr] [--model M] [settings of drpo.py]     times drpo.drpo_update, as PPO and as DR-PO
+        --random_weights     the shape of --model (a Pythia size) with random weights, where a model cannot be downloaded
+        --lengths FILE       prompts and references of a file and the real tokenizer, instead of synthetic rows
+        --iterations N       timed updates of each method (3; --check 1, --peers 5); figures are medians
+        --json FILE          the same figures for a program
+    python -m tools.bench --check [settings]    is this device fit for a long run? Minutes. The stages of the tiny preset on the
+        CPU and on --device in float32, and in bfloat16 with LoRA and checkpointing, stopped and resumed; rollouts with a cache
+        against plain forward passes; updates (128 episodes) of --model's shape with random weights
     python -m tools.bench --plan [settings]     which Pythia fits on which card: arithmetic, no GPU and no model
     python -m tools.bench --peers               an update here against one in the structure of the official code
 
-Synthetic rows have numbers for words and the lengths of real rows (LENGTHS). A random policy ends no response, so each
-runs to --response_length: more decoding than a trained policy needs. Seconds are wall-clock. Tokens are those decoded
-(rollout), those of query and response (score), and these times epochs (update). GB are what torch allocated at most on a
-GPU, and what was resident at most on a CPU (Linux). The rates of matrix products and copies are measured here, not looked
-up; MFU is the model's own FLOPs, without padding and without anything computed twice, against that rate of products.
+Synthetic rows have numbers for words and the lengths of real rows (LENGTHS). With random weights no response ends, so each has
+--response_length tokens, more than a trained policy decodes. Small uncounted updates on the longest prompts come first: too
+little memory shows at once. Seconds are wall-clock, the device synchronised between phases. Tokens: those decoded (rollout),
+those of query and response (score), and these times epochs (update). GB: on a GPU what torch allocated at most in a phase, on a
+CPU what was resident at most in the update (Linux). Rates of matrix products and copies are measured, not looked up. MFU: FLOPs
+of the model, without padding and recomputation, over that rate. The full run is one epoch.
+
+--peers: both sides have the same weights, adapters, optimizer, rows, reset lengths and micro-batch, in float32 on two threads:
+prompts of 64 to 128 tokens, references of 53, beta 1, 4 epochs, LoRA rank 16. The official structure: `generate` decodes 53
+tokens of every row and a logits processor forces the prefix; prompts are padded to --query_length; four scoring passes over all
+positions, with all hidden states, logits and log-softmax. Memory is that of a fresh process. Nothing else should run meanwhile.
 """
 
+import argparse
 import contextlib
-import copy
 import dataclasses
+import io
 import json
 import math
 import os
 import re
+import shutil
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+import traceback
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -34,28 +49,24 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, LogitsProcessorList
 
 import drpo
-from tools import data, memory, report, running, token_logprobs
 
 Shape = namedtuple("Shape", "layers width heads vocabulary")  # of a GPT-NeoX, whose MLP is four times as wide
 PYTHIA = {
-    "14m": Shape(6, 128, 4, 50304),
-    "31m": Shape(6, 256, 8, 50304),
-    "70m": Shape(6, 512, 8, 50304),
-    "160m": Shape(12, 768, 12, 50304),
-    "410m": Shape(24, 1024, 16, 50304),
-    "1b": Shape(16, 2048, 8, 50304),
-    "1.4b": Shape(24, 2048, 16, 50304),
-    "2.8b": Shape(32, 2560, 32, 50304),
-    "6.9b": Shape(32, 4096, 32, 50432),
+    "14m": Shape(6, 128, 4, 50304), "31m": Shape(6, 256, 8, 50304), "70m": Shape(6, 512, 8, 50304),
+    "160m": Shape(12, 768, 12, 50304), "410m": Shape(24, 1024, 16, 50304), "1b": Shape(16, 2048, 8, 50304),
+    "1.4b": Shape(24, 2048, 16, 50304), "2.8b": Shape(32, 2560, 32, 50304), "6.9b": Shape(32, 4096, 32, 50432),
     "12b": Shape(36, 5120, 40, 50688),
-}
-CARDS, BYTES, EOS = (16, 24, 40, 48, 80), {"bfloat16": 2, "float32": 4}, 0  # GB; EOS is Pythia's
+}  # fmt: skip
+PHASES, GROUP, EOS = ("rollout", "score", "update"), 8, 0  # GROUP: micro-batches that drpo.rollout decodes together
+CARDS, BYTES = (16, 24, 40, 48, 80), {"bfloat16": 2, "float32": 4}  # GB
 
-# Tokens of a prompt, and of a reference with its EOS, at these quantiles, straight lines between them. tldr: 900 TL;DR posts,
-# hh: 2,110 helpful dialogues, under Pythia's tokenizer; tiny: chosen responses of toy_env:gate_pairs, under its own
+# Tokens of a prompt, and of a reference with its EOS, at these quantiles, linear between them. tldr: 900 TL;DR posts,
+# hh: 2,110 helpful dialogues, under Pythia's tokenizer; tiny: chosen responses of toy_text:gate_pairs, under its own
 QUANTILES = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
 LENGTHS = {
     "tldr": ([158, 196, 270, 350, 430, 495, 512], [16, 26, 28, 33, 38, 46, 50]),
@@ -68,91 +79,85 @@ PEERS = {"14m": 32, "70m": 16}  # Pythia sizes of --peers: episodes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The plan. Networks, adapters, optimizer, gradients and cache are exact. Activations are what autograd keeps of
-# transformers' GPT-NeoX with PyTorch's fused attention. The rest, workspaces, is rough.
+# transformers' GPT-NeoX with PyTorch's fused attention. Workspaces are rough. On an H100 the update's peak was planned 2 to 5 %
+# above what was measured (Pythia-1b, 2.8b, 6.9b, rank 64; 2.8b, rank 1024).
 
 
-def activation_bytes(shape, lora_r, rows, query, response, dtype, checkpointing=False, cuda=True):
-    """What policy and critic keep for one backward on `rows` rows of query + response tokens.
+def activation_bytes(shape, s, cuda=True):
+    """What policy and critic keep for one backward pass on a micro-batch of full rows, query_length + response_length tokens.
 
-    By token and layer, in units of width: q, k, the projection that v is a view of and attention's output, 1 + 1 + 3 + 1;
-    GELU's input 4; A's input 1, or with lora_r = 0 the inputs of all four matrices, 1 + 1 + 1 + 4; the norms' input 1, of
-    which autocast makes two float32 copies on CUDA. Besides: A's output, the softmax's normaliser, the norms'
-    means and deviations; under autocast a bfloat16 copy of each trained matrix. In the first layer nothing before A needs a
-    gradient; in the last one the MLP has the response only. With checkpointing: the input of every layer, and all this for one
-    layer at a time."""
-    L, d, e, tokens = shape.layers, shape.width, BYTES[dtype], rows * (query + response)
-    autocast, stream = dtype == "bfloat16", e if lora_r else 4  # stream: bytes of a number between the layers
-    norms = 8 if autocast and cuda and lora_r else stream
-    matrices = 1 if lora_r else 7
-    layer = tokens * ((e * (10 + matrices) + norms) * d + e * lora_r + 4 * shape.heads + 4 * e)
-    layer += autocast * 2 * (4 * lora_r * d if lora_r else 12 * d * d)
-    first = tokens * d * (norms + 4 * e) if lora_r else 0
-    last = rows * query * e * d * (4 if lora_r else 9)
-    kept = layer + 2 * L * tokens * stream * d if checkpointing else 2 * (L * layer - first - last)
-    ends = 2 * tokens * stream * d + 2 * 4 * rows * response * d  # input of the last norms; states and slopes at the head
-    return kept + ends + 4 * rows * d * (response + 1)  # at the value head
+    Per token and layer, in units of width: q, k, the projection that v is a view of, attention's output: 1 + 1 + 3 + 1;
+    GELU's input: 4; A's input: 1, or with lora_r = 0 the inputs of all four matrices: 1 + 1 + 1 + 4; the norms' input: 1, of
+    which autocast makes two float32 copies on CUDA. Besides: A's output, the softmax's normaliser, the norms' means and
+    deviations; under autocast a bfloat16 copy of each trained matrix. In the first layer nothing before A needs a gradient.
+    At the end: the last norms' input, log-softmax of the response, states at both heads, indices. With checkpointing: the
+    input of every layer, and all this for one layer at a time."""
+    (L, d, heads, V), e, r, steps = shape, BYTES[s.dtype], s.lora_r, s.micro_batch * s.response_length
+    tokens, autocast, stream = s.micro_batch * s.query_length + steps, s.dtype == "bfloat16", e if r else 4
+    norms = 8 if autocast and cuda and r else stream  # stream: bytes of a number between the layers
+    layer = tokens * ((e * (10 + (1 if r else 7)) + norms) * d + e * r + 4 * heads + 4 * e)
+    layer += autocast * 2 * (4 * r * d if r else 12 * d * d)
+    first = tokens * d * (norms + 4 * e) if r else 0
+    ends = (
+        2 * tokens * (4 if autocast and cuda else stream) * d
+        + steps * (4 * V + 4 * d + 40)
+        + (0 if r else e * steps * d + autocast * e * d * V)
+    )
+    return ends + (layer + 2 * L * tokens * stream * d if s.checkpoint_activations else 2 * (L * layer - first))
 
 
-def plan(shape, lora_r, micro_batch, query, response, dtype="bfloat16", checkpointing=False, cuda=True):
-    """-> {what: bytes} for full rows of query + response tokens. "peak" is the larger of "rollout" and "update"."""
-    L, d, _, V = shape
-    e, tokens, rows = BYTES[dtype], query + response, 4 * micro_batch  # rows that drpo.rollout decodes together
+def plan(shape, s, cuda=True):
+    """-> {what: bytes} if all rows are full. "peak" is the larger of "rollout" and "update"."""
+    (L, d, _, V), e, r, rows = shape, BYTES[s.dtype], s.lora_r, min(GROUP * s.micro_batch, s.batch_size)
+    length = s.query_length + s.response_length
     body = V * d + L * (12 * d * d + 13 * d) + 2 * d  # embedding, layers, last norm
-    both, adapters = 2 * body + V * d, 2 * L * 4 * lora_r * d  # only the policy has the head over the vocabulary
-    trained = (adapters if lora_r else both) + d + 1  # with the value head
-    tensors = (4 * L if lora_r else 24 * L + 7) + 2  # of each AdamW counts the steps
-    part = {
-        "networks": both * (e if lora_r else 2 * 4) + 2 * 4 * (d + 1),  # lora_r = 0: and the frozen twins
+    both, adapters = 2 * body + V * d, 2 * L * 4 * r * d  # only the policy has the head over the vocabulary
+    trained = (adapters if r else both) + d + 1  # with the value head
+    size = {
+        "networks": both * (e if r else 2 * 4) + 2 * 4 * (d + 1),  # lora_r = 0: and the frozen twins
         "adapters": 4 * adapters,
-        "optimizer": 8 * trained + 4 * tensors,
+        "optimizer": 8 * trained + 4 * ((4 * L if r else 24 * L + 7) + 2),  # AdamW counts the steps of each tensor
         "gradients": 4 * trained,
-        "cache": L * d * (e + (e if lora_r else 4)) * rows * (tokens - 1),  # autocast leaves keys that it rotates float32
-        "activations": activation_bytes(shape, lora_r, micro_batch, query, response, dtype, checkpointing, cuda),
+        "cache": 2 * L * d * (e if r else 4) * rows * (length - 1),  # autocast leaves keys that it rotates float32
+        "activations": activation_bytes(shape, s, cuda),
     }
-    standing = part["networks"] + part["adapters"] + part["optimizer"]
-    # At prefill also a layer's intermediates, 16 wide; logits, softmax and its sums. In backward the gradients in a layer's
-    # MLP, 8 wide, and buffers for logits. In the step AdamW's denominators
-    part["rollout"] = standing + part["cache"] + rows * (tokens * 16 * d * e + 4 * 4 * V)
-    buffers = (8 + 4 * (dtype == "bfloat16")) * token_logprobs.LOGITS_AT_ONCE
-    backward = part["activations"] + micro_batch * tokens * 8 * d * e + buffers
-    part["update"] = standing + part["gradients"] + max(backward, part["gradients"])
-    return part | {"peak": max(part["rollout"], part["update"])}
+    standing = size["networks"] + size["adapters"] + size["optimizer"]
+    # At prefill a layer's intermediates, and logits, softmax and its sums. In backward the gradients in a layer, and those of
+    # logits. In the step AdamW's denominators
+    size["rollout"] = standing + size["cache"] + rows * (length * 48 * d + (16 + e) * V)
+    backward = s.micro_batch * (length * 32 * d + s.response_length * (8 + e) * V)
+    size["update"] = standing + size["gradients"] + max(size["activations"] + backward, size["gradients"])
+    return size | {"peak": max(size["rollout"], size["update"])}
 
 
-def planned(shape, s):
-    """The plan of these settings."""
-    cuda = s.device.startswith("cuda")
-    return plan(shape, s.lora_r, s.micro_batch, s.query_length, s.response_length, s.dtype, s.checkpoint_activations, cuda)
+def best_plan(shape, most, s, cuda=True):
+    """Settings, and "peak" in bytes, of what fits into `most` bytes; None if nothing does. Preferred are, in this order: a high
+    rank (at most --lora_r), a micro-batch of 4 or more, no checkpointing, a large micro-batch."""
+    highest = s.lora_r or 1024
+    for lora_r in [highest, *(rank for rank in (256, 64, 16) if rank < highest)]:
+        for checkpointing, sizes in ((False, (64, 32, 16, 8, 4)), (True, (64, 32, 16, 8, 4)), (False, (2, 1)), (True, (2, 1))):
+            for size in sizes:
+                one = {"lora_r": lora_r, "micro_batch": size, "checkpoint_activations": checkpointing}
+                peak = plan(shape, dataclasses.replace(s, **one), cuda)["peak"]
+                if peak <= most:
+                    return one | {"peak": peak}
 
 
-def best_plan(shape, most, s, ranks=(1024, 256, 64, 16), cuda=True):
-    """What is worth most of what fits into `most` bytes -> {setting: value} with "peak" in bytes, or None. The first rank, the
-    paper's, comes first, then a micro-batch of 4 or more, then no checkpointing, then the size of the micro-batch."""
-    for lora_r in ranks:
-        for sizes in ((64, 32, 16, 8, 4), (2, 1)):
-            for checkpointing in (False, True):
-                for size in sizes:
-                    peak = plan(shape, lora_r, size, s.query_length, s.response_length, s.dtype, checkpointing, cuda)["peak"]
-                    if peak <= most:
-                        return {"lora_r": lora_r, "micro_batch": size, "checkpoint_activations": checkpointing, "peak": peak}
+def cell(one):
+    return (
+        f"{one['lora_r']} x {one['micro_batch']}{'c' * one['checkpoint_activations']} ({one['peak'] / 1e9:.2g})" if one else "-"
+    )
 
 
 def print_plans(s):
     """The best plan of each size on each card. A card sold as 24 GB has 24 GiB: the 7 % between the two are left to CUDA's
     context, to workspaces and to fragmentation."""
     plans = {size: {card: best_plan(PYTHIA[size], card * 1e9, s) for card in CARDS} for size in list(PYTHIA)[3:]}
+    rows = [["Pythia", *(f"{card} GB" for card in CARDS)], *([size, *map(cell, row.values())] for size, row in plans.items())]
     print(
-        f"LoRA rank x micro-batch (GB at the peak); c: with activation checkpointing; -: none. {s.dtype}, all rows of "
-        f"{s.query_length} + {s.response_length} tokens"
+        f"LoRA rank x micro-batch (GB at the peak); c: with --checkpoint_activations; -: none. {s.dtype}, batches of "
+        f"{s.batch_size}, all rows of {s.query_length} + {s.response_length} tokens\n{table(rows)}"
     )
-    rows = [["Pythia", *(f"{card} GB" for card in CARDS)]]
-    for size, row in plans.items():
-        cells = [
-            f"{p['lora_r']} x {p['micro_batch']}{'c' * p['checkpoint_activations']} ({p['peak'] / 1e9:.0f})" if p else "-"
-            for p in row.values()
-        ]
-        rows.append([size, *cells])
-    print(report.table(rows))
     return plans
 
 
@@ -167,41 +172,35 @@ def shape_of(name):
 
 
 def random_network(shape, s, seed):
-    """A GPTNeoXForCausalLM of that shape, made on the device, in the type that drpo.load_network would give it."""
-    config = GPTNeoXConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=4 * shape.width,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    """A GPTNeoXForCausalLM of that shape, made on the device, in the dtype that drpo.load_network gives it."""
+    L, d, heads, V = shape
+    sizes = {
+        "vocab_size": V,
+        "hidden_size": d,
+        "num_hidden_layers": L,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * d,
+    }
     torch.manual_seed(seed)
     with torch.device(s.device):
-        dtype = getattr(torch, s.dtype) if s.lora_r else torch.float32
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        config, dtype = GPTNeoXConfig(**sizes, bos_token_id=None, eos_token_id=None), s.dtype if s.lora_r else "float32"
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
 def build(s, shape=None):
     """-> (roles, optimizer) as in drpo.train_drpo: of random weights where a shape is given, else of --model, twice."""
 
     def network(seed):
-        return random_network(shape, s, seed) if shape else drpo.load_network(s.model, s, full=not s.lora_r)
+        random = patch.object(drpo, "load", lambda *args, **kwargs: random_network(shape, s, seed))
+        with random if shape else contextlib.nullcontext():
+            return drpo.load_network(s.model, s, trained=not s.lora_r)
 
-    policy, reference = drpo.twin(network(s.seed), s.lora_r, s.seed)
-    critic, reward = drpo.twin(network(s.seed + 1).base_model, s.lora_r, s.seed)
-    d = policy.get_input_embeddings().embedding_dim
-    weight = torch.randn(1, d, generator=drpo.generator(s.seed, "bench head")).to(s.device) / math.sqrt(d + 1)
-    reward_head = drpo.scalar_head(weight).requires_grad_(False)
-    value_head = copy.deepcopy(reward_head).requires_grad_(True)
-    modules = torch.nn.ModuleList([policy, critic, value_head])
-    if s.checkpoint_activations:
-        memory.checkpoint_layers(modules)
-    params = [p for p in modules.parameters() if p.requires_grad]
-    return SimpleNamespace(
-        policy=policy, reference=reference, critic=critic, value_head=value_head, reward=reward, reward_head=reward_head
-    ), torch.optim.AdamW(params, lr=s.lr, eps=1e-5)
+    body = network(s.seed + 1).base_model
+    d = body.get_input_embeddings().embedding_dim
+    weight = torch.randn(1, d, generator=drpo.generator(s.seed, "bench head")) / math.sqrt(d + 1)
+    roles = drpo.build_roles(network(s.seed), (body, drpo.scalar_head(weight.to(s.device))), s)
+    trained = [x for x in (roles.policy, roles.critic, roles.value_head) if x is not None]
+    return roles, drpo.make_optimizer(nn.ModuleList(trained), s.lr)
 
 
 def numbers(text, add_special_tokens=True):
@@ -221,19 +220,6 @@ def synthetic_rows(count, vocabulary, lengths, seed):
     return [{"prompt": prompt, "reference": reference} for prompt, reference in zip(*columns)]
 
 
-def read_posts(path):
-    """Rows {prompt, reference} of a .jsonl file in any layout of tools/data.py. Exits with 2 on a line of no layout."""
-    rows, number = [], 0
-    try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            row = data.read_row(json.loads(line))
-            row = {"prompt": row["prompt"].strip(), "reference": row.get("reference", row.get("chosen")).strip()}
-            rows += [row] * all(row.values())
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        drpo.stop(f"--lengths {path}: line {number}: no post with its summary ({type(error).__name__}: {error})")
-    return rows or drpo.stop(f"--lengths {path}: has no posts")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. What an update costs.
 
@@ -249,205 +235,284 @@ def peak_rss():
 
 
 def timed_update(roles, optimizer, rows, update, tokenizer, s):
-    """drpo.drpo_update -> its figures, with cpu_PHASE, seconds of all threads, and on a CPU gb_PHASE, resident memory."""
-    laps, lap = [], drpo.lap
+    """drpo.drpo_update -> its figures, and on a CPU gb_PHASE: what was resident in the whole update."""
+    peak_rss()
+    figures = drpo.drpo_update(roles, optimizer, rows, update, tokenizer, s, f"bench update {update}")
+    return dict.fromkeys([f"gb_{phase}" for phase in PHASES], peak_rss()) | figures
 
-    def watched(s):
-        laps.append((time.process_time(), peak_rss()))
-        return lap(s)
 
-    with patch.object(drpo, "lap", watched):
-        figures = drpo.drpo_update(roles, optimizer, rows, update, tokenizer, s, f"update {update}")
-    for phase, (start, _), (end, gb) in zip(drpo.PHASES, laps, laps[1:]):
-        figures = {f"gb_{phase}": gb, f"cpu_{phase}": end - start} | figures
-    return figures
+def seconds_of(work, s, times=1):
+    began = drpo.lap(s)[0]
+    for _ in range(times):
+        work()
+    return (drpo.lap(s)[0] - began) / times
 
 
 def device_rates(s):
-    """-> FLOP/s of a square matrix product in the networks' type, and bytes/s, read and written, of a copy: best of 5."""
-    cuda = s.device.startswith("cuda")
-    a = torch.randn(2, *[8192 if cuda else 1024] * 2, device=s.device).to(getattr(torch, s.dtype))
-    x = torch.empty(2, 2 ** (30 if cuda else 27), dtype=torch.uint8, device=s.device)
-
-    def seconds(work):
-        began = drpo.lap(s)[0]
-        work()
-        return drpo.lap(s)[0] - began
-
-    product, copying = [min(seconds(work) for _ in range(5)) for work in (lambda: a[0] @ a[1], lambda: x[1].copy_(x[0]))]
-    return 2 * a.shape[1] ** 3 / product, x.nbytes / copying
+    """-> FLOP/s of a square matrix product in the networks' dtype, and bytes/s, read and written, of a copy: best of 5."""
+    for size in (1024, 2048, 4096, 8192):  # until a product takes 1 ms: of a small one the launch would be measured
+        a = torch.randn(size, size, device=s.device).to(getattr(torch, s.dtype))
+        product = min(seconds_of(lambda: a @ a, s, 4) for _ in range(5))
+        if product > 1e-3:
+            break
+    x = torch.empty(2, 2**28, dtype=torch.uint8, device=s.device)
+    return 2 * size**3 / product, x.nbytes / min(seconds_of(lambda: x[1].copy_(x[0]), s, 8) for _ in range(5))
 
 
 def model_flops(roles, s, tokens, decoded):
     """FLOPs that one update needs, by phase. tokens (B,): of query and response, row by row; decoded: in all.
 
     Forward 2 for each weight and token; backward 2 for the input's gradient, and 2 for a trained weight's own. Attention
-    4 x width a layer for each token and each before it, backward twice that. The head over the vocabulary: tokens decoded. The
-    last layer's MLP is counted for all tokens, as in any model, though those that are decoded suffice."""
+    4 x width a layer for each token and each before it, backward twice that. The head over the vocabulary: tokens decoded."""
     body, head = drpo.body_and_head(roles.policy)
     weights = [p for p in body.parameters() if p.ndim == 2 and p is not body.get_input_embeddings().weight]
     trained, frozen = [sum(p.numel() for p in weights if p.requires_grad is kind) for kind in (True, False)]
     attention = 4 * body.config.num_hidden_layers * body.config.hidden_size * (tokens * (tokens + 1) / 2).sum()
-    n, logits = tokens.sum(), 2 * head.weight.numel() * decoded
+    n, logits, networks = tokens.sum(), 2 * head.weight.numel() * decoded, 1 + (roles.critic is not None)
     forward, backward = 2 * (trained + frozen) * n + attention, (4 * trained + 2 * frozen) * n + 2 * attention
-    adapter_off = 2 * (frozen or trained) * n + attention
     return {
         "rollout": forward + logits,
-        "score": 2 * (forward + adapter_off + logits),
-        "update": s.epochs * (2 * (forward + backward) + logits * (2 + head.weight.requires_grad)),
+        "score": networks * forward + 2 * (2 * (frozen or trained) * n + attention) + 2 * logits,
+        "update": s.epochs * (networks * (forward + backward) + logits * (2 + head.weight.requires_grad)),
     }
 
 
 def decode_bandwidth(roles, rows, tokenizer, s):
-    """Bytes/s at which 4 x micro_batch rows decode together: the policy's weights at each step, and keys and values so far.
-    The seconds are those of response_length tokens less those of one token, which is prefill."""
-    group, T, policy = 4 * s.micro_batch, s.response_length, roles.policy
+    """-> bytes/s at which a full group of rows decodes, and their number. Counted: the policy's weights at each step, keys and
+    values so far. The seconds are those of response_length tokens less those of one token, which is prefill."""
+    group, T, policy = min(GROUP * s.micro_batch, s.batch_size), s.response_length, roles.policy
     queries = [drpo.encode_query(row["prompt"], tokenizer, s.query_length) for row in (rows * group)[:group]]
+    endless = SimpleNamespace(eos_token_id=-1)  # no row ends
 
     def seconds(width):
-        began, uniforms = drpo.lap(s)[0], torch.rand(group, width, generator=drpo.generator(s.seed, "bench decode"))
-        drpo.rollout(policy, queries, [[]] * group, uniforms, tokenizer, s, s.temperature, stop_at_eos=False)
-        return drpo.lap(s)[0] - began
+        given = policy, queries, [[]] * group, torch.rand(group, width, generator=drpo.generator(s.seed, "bench decode"))
+        return seconds_of(lambda: drpo.rollout(*given, endless, s, s.temperature), s)
 
     with torch.no_grad():
         cache = policy(input_ids=torch.ones(1, 1, dtype=torch.long, device=s.device), use_cache=True).past_key_values
     token = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     weights = sum(p.nbytes for p in policy.parameters()) - policy.get_input_embeddings().weight.nbytes
-    seconds(T)  # once for the device to warm up
-    return (T - 1) * (weights + token * (sum(map(len, queries)) + group * T / 2)) / (seconds(T) - seconds(1))
+    seconds(T)  # to warm up
+    return (T - 1) * (weights + token * (sum(map(len, queries)) + group * T / 2)) / (seconds(T) - seconds(1)), group
 
 
-def doubled(fits, most):
-    """The largest of 1, 2, 4 ... rows, at most `most`, for which fits(rows) is true and does not run out of memory."""
-    size = 1
-    while 2 * size <= most:
-        try:
-            if not fits(2 * size):
-                break
-        except torch.OutOfMemoryError:
-            break
-        size *= 2
-    return size
+def about(s):
+    """The machine and the versions that figures belong to."""
+    cuda, driver = s.device.startswith("cuda"), ""
+    if cuda and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+    name = torch.cuda.get_device_name(s.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "driver": driver, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def largest_micro_batch(roles, optimizer, rows, tokenizer, s, shape):
-    """On a GPU each is tried, on the longest rows and without resets; on a CPU the plan is held against the free memory."""
-    longest = sorted(rows, key=lambda row: -len(row["prompt"]))
-
-    def planned_to_fit(size):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return planned(shape, dataclasses.replace(s, micro_batch=size))["peak"] <= free
-
-    def tried(size):
-        one = dataclasses.replace(s, micro_batch=size, batch_size=min(4 * size, s.batch_size), epochs=1, beta=0.0)
-        return drpo.drpo_update(roles, optimizer, longest[: one.batch_size], 1, tokenizer, one, f"micro_batch {size}")
-
-    found = doubled(tried if s.device.startswith("cuda") else planned_to_fit, s.batch_size)
-    optimizer.zero_grad()  # what a failed try has left
-    return found
+def table(rows):
+    """Rows of strings -> aligned lines; the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
-def bench(s, shape, random_weights, auto, lengths, iterations):
-    """Times updates of PPO and of DR-PO and prints what they cost -> all figures."""
-    roles, optimizer = build(s, shape if random_weights else None)
-    vocabulary = roles.policy.get_input_embeddings().num_embeddings
-    if lengths:
-        rows, tokenizer = read_posts(lengths), drpo.load_tokenizer(s.tokenizer or s.model, s)
-        if len(tokenizer) > vocabulary:
-            drpo.stop(f"--tokenizer has {len(tokenizer)} tokens, but --model {s.model} embeds only {vocabulary}")
-    else:
-        if s.preset not in LENGTHS:
-            drpo.stop(
-                f"--preset {s.preset}: is not trained on, and its lengths are not known; --lengths FILE takes those of its rows"
-            )
-        rows = synthetic_rows(iterations * s.batch_size, vocabulary, LENGTHS[s.preset], s.seed)
-        tokenizer = numbers
-    if auto:
-        s = dataclasses.replace(s, micro_batch=largest_micro_batch(roles, optimizer, rows, tokenizer, s, shape))
-    timed_update(roles, optimizer, rows, 1, tokenizer, dataclasses.replace(s, batch_size=4, epochs=1))  # to warm up
+def bench(s, shape, lengths, iterations):
+    """Times updates of PPO and of DR-PO and prints what they cost -> all figures. shape: of random weights; None: --model."""
     matmul, copying = device_rates(s)
-    B, updates = s.batch_size, s.updates or max(1, EPISODES.get(s.preset, len(rows)) // s.batch_size)
-    drawn = drpo.draw(rows, B, iterations, s.seed, "rl")
-    query = np.array([len(drpo.encode_query(row["prompt"], tokenizer, s.query_length)) for row in drawn])
-    methods, table = {}, [["", "seconds", "tokens/s", "GB", "MFU"]]
+    roles, optimizer = build(s, shape)
+    vocabulary, B = roles.policy.get_input_embeddings().num_embeddings, s.batch_size
+    if lengths:
+        rows, tokenizer = drpo.load_rows(lengths, "reference", s.seed)[0], drpo.load_tokenizer(s.tokenizer or s.model, s)
+    else:
+        rows, tokenizer = synthetic_rows(iterations * B, vocabulary, LENGTHS[s.preset], s.seed), numbers
+    longest = sorted(rows, key=lambda row: -len(row["prompt"]))[: min(GROUP * s.micro_batch, B) // s.group * s.group or B]
+    for beta in (0.0, s.beta):  # to warm up: resets have shapes of their own
+        small = dataclasses.replace(s, batch_size=len(longest), epochs=1, beta=beta)
+        timed_update(roles, optimizer, longest, 1, tokenizer, small)
+    updates = s.updates or max(1, EPISODES.get(s.preset, len(rows)) // B)
+    query = [len(drpo.encode_query(row["prompt"], tokenizer, s.query_length)) for row in drpo.draw(rows, B, 1, s.seed, "rl")]
+    methods, lines = {}, [["", "seconds", "tokens/s", "GB", "MFU"]]
     for name, beta in (("PPO", 0.0), ("DR-PO", s.beta)):
-        runs = [
-            timed_update(roles, optimizer, rows, update, tokenizer, dataclasses.replace(s, beta=beta))
-            for update in range(1, iterations + 1)
-        ]
+        given = roles, optimizer, rows
+        runs = [timed_update(*given, i, tokenizer, dataclasses.replace(s, beta=beta)) for i in range(1, iterations + 1)]
         one = methods[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        tokens = query + one["response_tokens"]
+        tokens = np.array(query) + one["response_tokens"]
         flops = model_flops(roles, s, tokens, one["tokens_decoded"])
         counts = {"rollout": one["tokens_decoded"], "score": tokens.sum(), "update": s.epochs * tokens.sum()}
-        for phase in drpo.PHASES:
-            seconds, gb = one[f"seconds_{phase}"], one[f"gb_{phase}"]
-            rate, mfu = one[f"tokens_per_second_{phase}"], one[f"mfu_{phase}"] = (
-                counts[phase] / seconds,
-                flops[phase] / seconds / matmul,
-            )
-            table.append([f"{name} {phase}", f"{seconds:.2f}", f"{rate:,.0f}", f"{gb:.2f}", f"{mfu:.0%}"])
-        one["hours"] = updates * sum(one[f"seconds_{phase}"] for phase in drpo.PHASES) / 3600
-        one["gb"] = max(one[f"gb_{phase}"] for phase in drpo.PHASES)
+        for phase in PHASES:
+            seconds = one[f"seconds_{phase}"]
+            rate, mfu = counts[phase] / seconds, flops[phase] / seconds / matmul
+            one |= {f"tokens_per_second_{phase}": rate, f"mfu_{phase}": mfu}
+            lines.append([f"{name} {phase}", f"{seconds:.2f}", f"{rate:,.0f}", f"{one[f'gb_{phase}']:.2f}", f"{mfu:.0%}"])
+        methods[name] = one | {
+            "hours": updates * sum(one[f"seconds_{phase}"] for phase in PHASES) / 3600,
+            "gb": max(one[f"gb_{phase}"] for phase in PHASES),
+        }
     share = methods["DR-PO"]["tokens_decoded"] / methods["PPO"]["tokens_decoded"]
-    decoding = decode_bandwidth(roles, rows, tokenizer, s)
-    cuda = s.device.startswith("cuda")
-    device = torch.cuda.get_device_name(s.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    decoding, group = decode_bandwidth(roles, rows, tokenizer, s)
+    machine = about(s)
     print(
-        f"{s.model}{', random weights' * random_weights}, {s.dtype}, lora_r {s.lora_r}, micro_batch {s.micro_batch}\n"
-        f"{device}: {matmul / 1e12:.3g} TFLOP/s in matrix products, {copying / 1e9:.3g} GB/s in copies, measured here\n"
-        f"{B} episodes, prompts of {query.mean():.0f} tokens on average; medians of {iterations}\n\n{report.table(table)}\n\n"
-        f"decoding: {decoding / 1e9:.3g} GB/s with {4 * s.micro_batch} rows together, {decoding / copying:.0%} of a copy\n"
+        f"{', '.join(f'{name} {value}' for name, value in machine.items() if value)}\n{s.model}"
+        f"{', random weights' * bool(shape)}, {s.dtype}, lora_r {s.lora_r}, micro_batch {s.micro_batch}\n"
+        f"{matmul / 1e12:.3g} TFLOP/s in matrix products, {copying / 1e9:.3g} GB/s in copies, measured here\n"
+        f"{B} episodes, prompts of {statistics.mean(query):.0f} tokens on average; medians of {iterations}\n\n"
+        f"{table(lines)}\n\n"
+        f"decoding: {decoding / 1e9:.3g} GB/s with {group} rows together, {decoding / copying:.0%} of a copy\n"
         f"resets: DR-PO decodes {share:.2f} of the row-steps of PPO"
     )
     for name, one in methods.items():
-        print(
-            f"the full {name} run: {updates} updates, {updates * B / 1000:.3g}k episodes: "
-            f"{one['hours']:.2g} h, {one['gb']:.2g} GB"
-        )
-    return {
-        "settings": dataclasses.asdict(s),
-        "random_weights": random_weights,
-        "device": device,
-        "torch": torch.__version__,
-        "matmul_flops": matmul,
-        "copy_bytes": copying,
-        "decode_bytes": decoding,
-        "row_steps_share": share,
-        "updates": updates,
-        "methods": methods,
-    }
-
-
-def out_of_memory(s, shape):
-    """The line to end with: what ran out, and what fits by the plan, at the same LoRA rank if any size does."""
-    cuda = s.device.startswith("cuda")
-    total = torch.cuda.get_device_properties(s.device).total_memory if cuda else math.inf
-    ranks = [s.lora_r, *(r for r in (1024, 256, 64, 16) if r < (s.lora_r or math.inf))]
-    most = shape and min(total * 1e9 / 2**30, planned(shape, s)["peak"] - 1)  # as much to spare as in print_plans
-    fit = shape and best_plan(shape, most, s, ranks, cuda)
-    less = "nothing smaller"
-    if fit:
-        less = (
-            f"--lora_r {fit['lora_r']} --micro_batch {fit['micro_batch']}"
-            f"{' --checkpoint_activations' * fit['checkpoint_activations']} ({fit['peak'] / 1e9:.2g} GB)"
-        )
-    have = f"{total / 1e9:.0f} GB" if cuda else "this machine's memory"
-    return f"OOM: --lora_r {s.lora_r} --micro_batch {s.micro_batch} in {have}; by the plan fits {less}"
+        episodes = f"{updates} updates, {updates * B / 1000:.3g}k episodes"
+        print(f"the full {name} run: {episodes}: {one['hours']:.2g} h, {one['gb']:.2g} GB", flush=True)
+    rates = {"matmul_flops": matmul, "copy_bytes": copying, "decode_bytes": decoding, "row_steps_share": share}
+    more = {"settings": dataclasses.asdict(s), "random_weights": bool(shape), "updates": updates}
+    return machine | rates | more | {"methods": methods}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. The structure of the official code, to compare with.
+# 4. --check: does the device compute what the CPU computes?
+
+SHORT = "--preset=tiny --sft_steps=40 --rm_steps=20 --updates=4 --micro_batch=16 --eval_samples=16".split()
+BFLOAT16 = "--dtype=bfloat16 --lora_r=8 --supervised_lora_r=8 --checkpoint_activations=True".split()
+# What is compared of two runs: |a - b| <= limit max(|a|, |b|, floor). In bfloat16 some tokens differ, and so do the scores
+SAME = {
+    "float32": (1e-3, 0.1, ("loss", "accuracy", "score", "kl", "entropy", "ratio", "grad_norm")),
+    "bfloat16": (0.03, 1.0, ("loss", "entropy", "ratio")),
+}
+PLAIN = {"float32": (1e-4, 1e-3, 0.05), "bfloat16": (0.02, 0.5, 1.0)}  # limits: CDF, ln pi, share of rollouts that differ
+
+
+def run_stage(stage, folder, device, flags):
+    """python drpo.py STAGE in this process -> its metrics, a dict per update. Without ROUGE, whose package may be missing."""
+    no_rouge, said = patch.object(drpo, "rouge", lambda texts, rows, kind: [None] * len(rows)), io.StringIO()
+    try:
+        with no_rouge, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            drpo.main([stage, f"--run_dir={folder}", f"--device={device}", *SHORT, *flags])
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(re.findall("drpo.py: .*", said.getvalue())[-1]) from None
+    return [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def farthest(a, b, dtype):
+    """Two dicts of metrics -> (the largest relative difference of those that are compared, its name)."""
+    _, floor, names = SAME[dtype]
+    return max((abs(a[k] - b[k]) / max(abs(a[k]), abs(b[k]), floor), k) for k in names if k in a)
+
+
+def stages_agree(folder, device, dtype, flags):
+    """Each stage on the CPU and on the device, both from what the CPU made so far. Yields verdicts."""
+    for stage in drpo.STAGES:
+        a, b = run_stage(stage, folder / "cpu", "cpu", flags), run_stage(stage, folder / "device", device, flags)
+        shutil.copytree(folder / "cpu" / stage, folder / "device" / stage, dirs_exist_ok=True)
+        (first, name), (last, last_name) = farthest(a[0], b[0], dtype), farthest(a[-1], b[-1], dtype)
+        more = {"more": f"{last_name} {last:.1e} at update {len(a)}", "log": [a, b]}
+        yield {"what": f"{stage}: {name} at update 1", "found": first, "limit": SAME[dtype][0]} | more
+
+
+def rollouts_agree(folder, device, flags):
+    """The first update's rollouts of the SFT policy, on both devices with the same uniforms. Yields verdicts."""
+    responses = []
+    for where in ("cpu", device):
+        s = drpo.parse(["drpo", f"--run_dir={folder / 'cpu'}", f"--device={where}", *SHORT, *flags])[1]
+        tokenizer, rows = drpo.load_tokenizer(f"{s.run_dir}/sft", s), drpo.load_rows(s.dataset, "reference", s.seed)[0]
+        with torch.no_grad(), drpo.precision(s):
+            policy = drpo.load_network(f"{s.run_dir}/sft", s)
+            batch = drpo.reset_rollouts(SimpleNamespace(policy=policy), rows, 0, tokenizer, s)
+            responses.append(batch["response"].cpu())
+            queries = [drpo.encode_query(row["prompt"], tokenizer, s.query_length) for row in rows[:16]]
+            verdicts = cached_against_plain(policy, queries, s)
+    differ = (responses[0] != responses[1]).any(1).float().mean().item()
+    yield {"what": "rollouts that differ", "found": differ, "limit": PLAIN[s.dtype][2]}
+    yield from verdicts  # of the device
+
+
+@torch.no_grad()
+def cached_against_plain(policy, queries, s):
+    """Decodes rows together that never end, then runs a plain forward pass over each row alone. -> verdicts on how far the
+    uniform number of a token lies outside the interval that the plain pass gives the token (0: the same token is drawn), and
+    on ln pi of the tokens drawn."""
+    (n, T), endless, logits = (len(queries), s.response_length), SimpleNamespace(eos_token_id=-1), []
+    uniforms = torch.rand(n, T, generator=drpo.generator(s.seed, "bench uniforms"))
+    one = dataclasses.replace(s, micro_batch=max(s.micro_batch, n))  # all rows in one group, in this order
+    make = drpo.logits_of  # the one place where logits are made, divided by the temperature
+    with patch.object(drpo, "logits_of", lambda *given: logits.append(make(*given)) or logits[-1]):
+        responses = drpo.rollout(policy, queries, [[]] * n, uniforms, endless, one, s.temperature)
+    gaps, differences = [], []
+    for query, response, u, cached in zip(queries, responses, uniforms, torch.stack(logits, 1).cpu()):
+        ids, token = torch.tensor([query + response], device=s.device), torch.tensor(response)[:, None]
+        plain = policy(input_ids=ids, use_cache=False).logits[0, len(query) - 1 : -1].float().cpu()
+        log_p, log_q = (plain / s.temperature).log_softmax(-1), cached.log_softmax(-1)
+        cdf = nn.functional.pad(log_p.exp().cumsum(-1), (1, 0))
+        low, high = [(cdf.gather(1, token + i) / cdf[:, -1:])[:, 0] for i in (0, 1)]
+        gaps.append(torch.maximum(low - u, u - high).clamp(min=0))
+        differences.append((log_p - log_q).gather(1, token).abs().max().item())
+    gaps, same = torch.stack(gaps), f"{(torch.stack(gaps) == 0).float().mean():.1%} of {n * T} tokens are drawn from both"
+    return [
+        {"what": "cache, plain pass: CDF", "found": gaps.max().item(), "limit": PLAIN[s.dtype][0], "more": same},
+        {"what": "cache, plain pass: ln pi", "found": max(differences), "limit": PLAIN[s.dtype][1]},
+    ]
+
+
+def resuming_agrees(folder, device, flags):
+    """DR-PO on the device, whole, and stopped by SIGTERM in its first update and run again. Yields a verdict on their last
+    updates, which are equal on a CPU. On a GPU sums may be taken in another order."""
+    logs, update = {}, drpo.drpo_update
+
+    def update_and_stop(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(*given)
+
+    for name in ("whole", "stopped"):
+        for stage in ("sft", "rm"):
+            shutil.copytree(folder / "cpu" / stage, folder / name / stage)
+        if name == "stopped":
+            with patch.object(drpo, "drpo_update", update_and_stop):
+                done = len(run_stage("drpo", folder / name, device, flags))
+        logs[name] = run_stage("drpo", folder / name, device, flags)
+    whole, stopped = logs.values()
+    found, what = farthest(whole[-1], stopped[-1], "bfloat16")
+    if done != 1 or [row["update"] for row in stopped] != [row["update"] for row in whole]:
+        found, what = math.inf, "updates"
+    limit, more = 0.0 if device == "cpu" else SAME["bfloat16"][0], f"stopped after {done} of {len(whole)} updates"
+    yield {"what": f"stopped and resumed: {what}", "found": found, "limit": limit, "more": more, "log": [whole, stopped]}
+
+
+def check(s, shape, iterations, save):
+    """Prints verdicts as they come, then times updates -> all figures, which `save` is given after each part."""
+    verdicts, began = [], time.perf_counter()
+    figures = about(s) | {"check": verdicts}
+
+    def part(name, work):
+        try:
+            for verdict in work:
+                verdicts.append({"part": name, "ok": verdict["found"] <= verdict["limit"]} | verdict)
+                line = (
+                    f"{verdict['what']:32} {verdict['found']:8.1e}   limit {verdict['limit']:.0e}   {verdict.get('more', '')}"
+                )
+                print(f"{'ok    ' if verdicts[-1]['ok'] else 'FAILED'} {name:10} {line.rstrip()}", flush=True)
+        except (Exception, SystemExit) as error:  # the other parts still have something to say
+            verdicts.append({"part": name, "ok": False, "error": traceback.format_exc()})
+            print(f"FAILED {name:10} {type(error).__name__}: {error}", flush=True)
+        save(figures | {"seconds": time.perf_counter() - began})
+
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype, flags in (("float32", []), ("bfloat16", BFLOAT16)):
+            part(dtype, stages_agree(Path(folder) / dtype, s.device, dtype, flags))
+            part(dtype, rollouts_agree(Path(folder) / dtype, s.device, flags))
+        part("bfloat16", resuming_agrees(Path(folder) / "bfloat16", s.device, BFLOAT16))
+    print(f"{time.perf_counter() - began:.0f} seconds\n", flush=True)
+    with drpo.precision(s):
+        figures["bench"] = bench(s, shape, None, iterations)
+    save(figures | {"seconds": time.perf_counter() - began})
+    if failed := sum(not verdict["ok"] for verdict in verdicts):
+        drpo.stop(f"--check: {failed} of {len(verdicts)} checks failed", 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. --peers: an update here against one in the structure of the official code.
 
 
 def whole(network, ids, mask):
     """A forward pass as the official code makes it: all positions, and all hidden states kept."""
-    return network(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        output_hidden_states=True,
-        use_cache=False,
-    )
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions, "output_hidden_states": True}
+    return network(**given, use_cache=False)
 
 
 def official_logprobs(policy, ids, mask, T, temperature):
@@ -463,7 +528,7 @@ def official_rollouts(policy, rows, update, tokenizer, s):
     response_length tokens of every row, and a logits processor forces the prefix.
 
     -> ids and mask (B, query_length + T), reset_len (B,)."""
-    T, Q, rng = s.response_length, s.query_length, drpo.generator(s.seed, "rollout", update)
+    T, Q, rng, done = s.response_length, s.query_length, drpo.generator(s.seed, "rollout", update), []
     episodes = drpo.draw(rows, s.batch_size, update, s.seed, "rl")
     queries = [drpo.encode_query(row["prompt"], tokenizer, Q) for row in episodes]
     references = [drpo.encode_response(row["reference"], tokenizer, T)[:-1] for row in episodes]
@@ -472,39 +537,31 @@ def official_rollouts(policy, rows, update, tokenizer, s):
     ids = torch.tensor([[EOS] * (Q - len(query)) + query for query in queries])
     mask = torch.arange(Q + T) >= torch.tensor([[Q - len(query)] for query in queries])
     how = GenerationConfig(max_new_tokens=T, do_sample=True, temperature=s.temperature, top_k=0, pad_token_id=EOS)
-    done = []
-    for at in torch.arange(len(ids)).split(4 * s.micro_batch):
+    for at in torch.arange(len(ids)).split(GROUP * s.micro_batch):
 
         def force(sequences, scores):
             t = sequences.shape[1] - Q
             only = torch.full_like(scores, -math.inf).scatter(1, forced[at, t, None], 0.0)
             return torch.where(t < reset_len[at, None], only, scores)
 
-        done.append(
-            policy.generate(
-                input_ids=ids[at],
-                attention_mask=mask[at, :Q].long(),
-                generation_config=how,
-                logits_processor=LogitsProcessorList([force]),
-            )
-        )
+        given = {"input_ids": ids[at], "attention_mask": mask[at, :Q].long(), "generation_config": how}
+        done.append(policy.generate(**given, logits_processor=LogitsProcessorList([force])))
     return torch.cat(done), mask, reset_len
 
 
 def official_update(roles, optimizer, rows, update, tokenizer, s):
     """One update in the structure of the official code (its drpo.py, lines 720 to 960): every row and token through four
-    separate forward passes, then PPO's epochs, in micro-batches of rows as they come. The losses are those of our drpo.py
-    on the official masks, so that only the structure differs. -> {cpu_PHASE: seconds of all threads}."""
-    policy, critic, B, T, clock = roles.policy, roles.critic, s.batch_size, s.response_length, [time.process_time()]
+    separate forward passes, then PPO's epochs, in micro-batches of rows as they come. The losses are ours on the official
+    masks, so that only the structure differs: the policy loss sees what follows the prefix, all other terms see everything."""
+    policy, critic, B, T = roles.policy, roles.critic, s.batch_size, s.response_length
     ids, mask, reset_len = official_rollouts(policy, rows, update, tokenizer, s)
-    clock.append(time.process_time())
 
     def head_on(head, network, at):
         return head(whole(network, ids[at], mask[at]).hidden_states[-1])[:, -T - 1 :, 0]
 
     is_eos, (logprobs, ref_logprobs, values), scores = ids[:, -T:] == EOS, torch.zeros(3, B, T), torch.zeros(B)
     end, chunks = torch.where(is_eos, torch.arange(T), T - 1).amin(1), torch.arange(B).split(s.micro_batch)
-    _, free, everything = drpo.token_masks(reset_len, end + 1, T, "official")
+    free, everything = torch.arange(T) >= reset_len[:, None], torch.ones(B, T, dtype=torch.bool)
     with torch.no_grad():
         for at in chunks:
             logprobs[at], _ = official_logprobs(policy, ids[at], mask[at], T, s.temperature)
@@ -518,8 +575,6 @@ def official_update(roles, optimizer, rows, update, tokenizer, s):
         rewards = drpo.masked_whiten(rewards, everything, shift_mean=False)
         advantages, returns = drpo.gae(rewards, values, everything, s.gamma, s.lam)
         advantages = drpo.masked_whiten(advantages, everything)
-    clock.append(time.process_time())
-
     for _ in range(s.epochs):
         for at in chunks:
             new_logprobs, _ = official_logprobs(policy, ids[at], mask[at], T, s.temperature)
@@ -527,19 +582,18 @@ def official_update(roles, optimizer, rows, update, tokenizer, s):
             pg_loss, _ = drpo.ppo_policy_loss(new_logprobs, logprobs[at], advantages[at], free[at], s.cliprange)
             vf_loss, _ = drpo.ppo_value_loss(new_values, values[at], returns[at], everything[at], s.cliprange_value)
             ((pg_loss + s.vf_coef * vf_loss) * len(at) / B).backward()
-        drpo.step(optimizer, s, f"official update {update}", dict)
-    clock.append(time.process_time())
-    return {f"cpu_{phase}": end - start for phase, start, end in zip(drpo.PHASES, clock, clock[1:])}
+        drpo.step(optimizer, s, f"official update {update}", {})
+    return {}
 
 
 SIDES = {"official": official_update, "ours": timed_update}
 
 
 def peer(size, episodes):
-    """What an update of either side is called with, but for its number. Two threads."""
+    """The arguments of an update of either side, but for its number. Two threads."""
     torch.set_num_threads(2)
-    fixed = "--preset=tldr --device=cpu --dtype=float32 --query_length=128 --lora_r=16 --micro_batch=8".split()
-    s = drpo.parse(["drpo", *fixed, f"--model={size}", f"--batch_size={episodes}"])[1]
+    fixed = "drpo --preset=tldr --device=cpu --dtype=float32 --query_length=128 --lora_r=16 --micro_batch=8".split()
+    s = drpo.parse([*fixed, f"--model={size}", f"--batch_size={episodes}"])[1]
     lengths = [64 + 64 * quantile for quantile in QUANTILES], [s.response_length] * len(QUANTILES)
     roles, optimizer = build(s, PYTHIA[size])
     rows = synthetic_rows(10 * s.batch_size, PYTHIA[size].vocabulary, lengths, s.seed)
@@ -549,78 +603,111 @@ def peer(size, episodes):
 def peer_memory(size, episodes, side):
     """The most GB that are resident in a process that makes one update: imports, networks and all."""
     figures = SIDES[side](**peer(size, episodes), update=1)
-    return max([peak_rss(), *(figures.get(f"gb_{phase}", 0) for phase in drpo.PHASES)])
+    return max(peak_rss(), figures.get("gb_update", 0))
 
 
 def peers(iterations):
-    """Whole updates at beta = 1, the two sides in turn; memory, each in a fresh process; row-steps -> all figures."""
-    results, table = {}, [["", *SIDES, "ours / official"]]
-    names = {"cpu": "CPU s"} | {f"cpu_{phase}": f"CPU s, {phase}" for phase in drpo.PHASES} | {"wall": "wall s"}
+    """Whole updates at beta 1, the two sides in turn; memory, each in a fresh process; row-steps -> all figures."""
+    results, lines = {}, [["", *SIDES, "ours / official"]]
     for size, episodes in PEERS.items():
-        given, runs = {side: peer(size, episodes) for side in SIDES}, {side: [] for side in SIDES}
+        given, cpu, wall, steps, gb = {side: peer(size, episodes) for side in SIDES}, [], [], [], []
         for update in range(1, iterations + 1):
             for side, work in SIDES.items():
-                cpu, wall = time.process_time(), time.perf_counter()
+                began = time.process_time(), time.perf_counter()
                 figures = work(**given[side], update=update)
-                runs[side].append(figures | {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall})
+                cpu.append(time.process_time() - began[0])
+                wall.append(time.perf_counter() - began[1])
+            steps.append(figures["tokens_decoded"])  # ours, which comes last
         ours = {**given["ours"], "s": dataclasses.replace(given["ours"]["s"], beta=0.0)}
-        ppo_steps = timed_update(**ours, update=1)["tokens_decoded"]
-        one = results[size] = {
-            name: [statistics.median(run[key] for run in runs[side]) for side in SIDES] for key, name in names.items()
-        }
+        at_0 = timed_update(**ours, update=1)["tokens_decoded"]
         del given, ours  # their memory, before others need it
-        one["peak GB"] = []
         for side in SIDES:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                one["peak GB"].append(pool.submit(peer_memory, size, episodes, side).result())
-        one["row-steps, ours at beta 0 and 1"] = [ppo_steps, statistics.mean(run["tokens_decoded"] for run in runs["ours"])]
-        table += [[f"{size} {name}", *(f"{x:.2f}" for x in pair), f"{pair[1] / pair[0]:.2f}"] for name, pair in one.items()]
-    print(f"medians of {iterations} updates, in turn, on two threads, in float32\n{report.table(table)}")
+                gb.append(pool.submit(peer_memory, size, episodes, side).result())
+        medians = {name: [statistics.median(x[i::2]) for i in (0, 1)] for name, x in (("CPU s", cpu), ("wall s", wall))}
+        results[size] = medians | {"peak GB": gb, "row-steps, ours at beta 0 and 1": [at_0, statistics.mean(steps)]}
+        for name, (a, b) in results[size].items():
+            lines.append([f"{size} {name}", f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"])
+    print(f"medians of {iterations} updates, in turn, on two threads, in float32\n{table(lines)}")
     return results
 
 
-def main(argv=None):
-    parser = running.command("bench", __doc__)
-    for flag in ("--random_weights", "--plan", "--peers"):
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. The command.
+
+
+def out_of_memory(s, shape):
+    """The line to end with: what ran out, and what fits by the plan with as much to spare as in print_plans."""
+    cuda, fit = s.device.startswith("cuda"), None
+    total = torch.cuda.get_device_properties(s.device).total_memory if cuda else math.inf
+    if shape:
+        fit = best_plan(shape, min(total * 1e9 / 2**30, plan(shape, s, cuda)["peak"] - 1), s, cuda)
+    flags = [f"--{name} {value}" for name, value in (fit or {}).items() if value and name != "peak"]
+    less = f"{' '.join(flags)} ({fit['peak'] / 1e9:.2g} GB)" if fit else "nothing smaller"
+    have = f"{total / 1e9:.0f} GB" if cuda else "this machine's memory"
+    return f"OOM: --lora_r {s.lora_r} --micro_batch {s.micro_batch} in {have}; by the plan fits {less}"
+
+
+def parse(argv):
+    """-> (options of this command, Settings, the Shape that --model names or None)."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m tools.bench", description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.error = drpo.stop
+    for flag in ("--random_weights", "--check", "--plan", "--peers"):
         parser.add_argument(flag, action="store_true")
-    parser.add_argument("--micro_batch")
     parser.add_argument("--lengths", metavar="FILE")
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options, given = parser.parse_known_args(argv)
     if options.iterations is not None and options.iterations < 1:
         drpo.stop(f"--iterations {options.iterations}: must be 1 or more")
-    if options.peers and (given or options.plan or options.random_weights or options.lengths or options.micro_batch):
+    if options.check + options.plan + options.peers > 1:
+        drpo.stop("--check, --plan and --peers: one at a time")
+    if options.peers and (given or options.random_weights or options.lengths):
         drpo.stop("--peers takes --iterations and --json only: its settings are fixed")
-    auto = options.micro_batch == "auto"
-    given += [f"--micro_batch={1 if auto else options.micro_batch}"] * (options.micro_batch is not None)
-    s = drpo.parse(["drpo", *["--preset=tldr"] * options.plan, *given])[1]
-    shape = shape_of(s.model)
-    if (options.random_weights or auto) and not shape:
-        drpo.stop(
-            f"--model {s.model}: --random_weights and --micro_batch auto need the name of a Pythia size in it: "
-            f"{', '.join(PYTHIA)}"
-        )
+    options.random_weights |= options.check
+    small = ["--batch_size=128"] * options.check
+    if options.check and drpo.parse(["drpo", *given])[1].device == "cpu":
+        small = "--model=pythia-14m --batch_size=16 --dtype=float32 --lora_r=16".split()
+    s = drpo.parse(["drpo", "--preset=tldr", *small, *given])[1]
     try:
+        shape, _ = shape_of(s.model), torch.empty(0, device=s.device)
+    except (RuntimeError, AssertionError) as error:
+        drpo.stop(f"--device {s.device}: {error}")
+    if options.random_weights and not shape:
+        drpo.stop(f"--model {s.model}: random weights need the name of a Pythia size in it: {', '.join(PYTHIA)}")
+    if not options.lengths and s.preset not in LENGTHS:
+        drpo.stop(f"--preset {s.preset}: the lengths of its rows are not known; --lengths FILE takes those of a file")
+    return options, s, shape
+
+
+def main(argv=None):
+    sys.path.append(os.getcwd())  # for module:function
+    transformers.logging.set_verbosity_error()
+    options, s, shape = parse(argv)
+
+    def save(figures):
         if options.json:
-            options.json.touch()  # now, not after an hour
+            options.json.write_text(json.dumps(figures, indent=1))
+
+    try:
+        save({})  # now, not after an hour
     except OSError as error:
         drpo.stop(f"--json {options.json}: {error}")
     try:
-        with contextlib.nullcontext() if options.peers else running.precision(s):  # peers have settings of their own
-            figures = (
-                print_plans(s)
-                if options.plan
-                else peers(options.iterations or 5)
-                if options.peers
-                else bench(s, shape, options.random_weights, auto, options.lengths, options.iterations or 3)
-            )
+        if options.plan:
+            save(print_plans(s))
+        elif options.peers:
+            save(peers(options.iterations or 5))
+        elif options.check:
+            check(s, shape, options.iterations or 1, save)
+        else:
+            with drpo.precision(s):
+                save(bench(s, shape if options.random_weights else None, options.lengths, options.iterations or 3))
     except RuntimeError as error:  # on a CPU it is this type, with these words
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         drpo.stop(out_of_memory(s, shape))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

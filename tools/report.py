@@ -1,46 +1,39 @@
-"""The tables and figures of a run, from the JSON in its folder: report.md, curves.png, frontier.png, what the terminal shows.
+"""Tables and figures of a run, from the files in its folder: report.md, curves.png, diagnostics.png, frontier.png.
 
     python -m tools.report RUN_DIR [RUN_DIR ...]
 
-A folder with seed_K/eval.json in it is a run over several seeds: its table has mean and spread, and it gets a report.json
-of its own. Any other folder is a single run, and needs the eval.json and samples.jsonl that `drpo.py eval` writes. Of several
-folders, such as those of a beta ablation, the DR-PO of each is a row of one more table.
+A folder with seed_K/report.json in it is a run over several seeds. It gets a report.json and report.md of its own, with means,
+spreads and intervals over the seeds. Any other folder is a single run with the report.json and samples.jsonl of `drpo.py eval`.
+Several folders, such as a beta ablation, also give one table with the DR-PO of each. Imports nothing of ours.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import statistics
 import sys
 import textwrap
-from itertools import accumulate, chain, combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 
-from tools.stats import binned, distinct, length_controlled, mean_interval, paired_bootstrap, spread, t_interval, wilson
+import numpy as np
 
 METHODS = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "drpo": "DR-PO"}
-METRICS = {  # key: title, decimals
-    "win_rate": ("win rate vs reference", 3),
-    "lc_win_rate": ("at equal length", 3),
-    "rm_score": ("RM score", 2),
-    "kl": ("KL to SFT", 2),
-    "rouge_1": ("ROUGE-1", 3),
-    "rouge_2": ("ROUGE-2", 3),
-    "rouge_l": ("ROUGE-L", 3),
-    "response_tokens": ("tokens", 1),
-    "eos_rate": ("EOS rate", 2),
-    "distinct_1": ("distinct-1", 3),
-    "distinct_2": ("distinct-2", 3),
-}
-MEANS = [key for key in METRICS if key not in ("lc_win_rate", "distinct_1", "distinct_2")]  # over prompts; not so these three
-IN_TERMINAL = ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")
-WITH_INTERVAL = ("win_rate", "lc_win_rate", "rm_score", "kl")  # in report.md; report.json has all intervals
-# On the toy gate corpus, writing the full summary every time wins about 0.65. About half of that tells a run that has
-# found it from one that has not.
-FOUND = 0.30
-
-# What the paper reports of Pythia-2.8B, win rates by GPT-4: Table 1, ± over 3 seeds, and Table 3
-PAPER_KEYS = ("win_rate", "rm_score", "kl", "rouge_1", "rouge_2", "rouge_l")
+RL = ("ppo", "drpo")
+# One colour per method in all figures, from the colour-blind safe palette of Okabe and Ito
+COLOURS = {"sft": "#7f7f7f", "rm": "#cc79a7", "dpo": "#009e73", "ppo": "#0072b2", "drpo": "#d55e00"}
 # fmt: off
+METRICS = {  # key: title, decimals
+    "win_rate": ("win rate vs reference", 3), "lc_win_rate": ("at equal length", 3), "rm_score": ("RM score", 2),
+    "kl": ("KL to SFT", 2), "rouge_1": ("ROUGE-1", 3), "rouge_2": ("ROUGE-2", 3), "rouge_l": ("ROUGE-L", 3),
+    "response_tokens": ("tokens", 1), "eos_rate": ("EOS rate", 2),
+}
+IN_TERMINAL = ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")
+FOUND = 0.30  # toy_text:gate: always writing the full summary wins about 0.65; a run below half of that has not found it
+
+# The paper's results with Pythia-2.8B, win rates by GPT-4: Table 1, ± over 3 seeds, and Table 3
+PAPER_KEYS = ("win_rate", "rm_score", "kl", "rouge_1", "rouge_2", "rouge_l")
 PAPER = {
     "tldr": {
         "sft": ("0.316 ± 0.002", "-0.51 ± 0.04", "-", "0.322 ± 0.010", "0.123 ± 0.007", "0.249 ± 0.012"),
@@ -49,98 +42,125 @@ PAPER = {
         "drpo": ("0.702 ± 0.017", "1.52 ± 0.09", "16.84 ± 0.83", "0.337 ± 0.018", "0.119 ± 0.001", "0.251 ± 0.008"),
     },
     "cnndm": {
-        "sft": ("0.105", "-", "-", "0.256", "0.123", "0.200"),
-        "dpo": ("0.060", "-", "-", "0.207", "0.095", "0.157"),
-        "ppo": ("0.085", "-", "-", "0.236", "0.123", "0.186"),
-        "drpo": ("0.120", "-", "-", "0.295", "0.154", "0.229"),
+        "sft": ("0.105", "-", "-", "0.256", "0.123", "0.200"), "dpo": ("0.060", "-", "-", "0.207", "0.095", "0.157"),
+        "ppo": ("0.085", "-", "-", "0.236", "0.123", "0.186"), "drpo": ("0.120", "-", "-", "0.295", "0.154", "0.229"),
     },
 }
+# Student's t, 0.975 quantile, for 1..30 degrees of freedom. Above 30 the last one is used: at most 4 % too wide.
+T975 = [
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+]
 # fmt: on
-
-COLOURS = {"sft": "tab:gray", "rm": "tab:purple", "dpo": "tab:green", "ppo": "tab:blue", "drpo": "tab:orange"}
-RL, TOKENS = ("ppo", "drpo"), "tokens that the policy has generated"
-PANELS = [  # key in metrics.jsonl, stages, axis, y label, title
-    ("score", RL, {}, "score (0: references, on average)", "reward-model score: should rise"),
-    ("kl", RL, {}, "nats per response", "KL to the SFT model: may rise, should stay small"),
-    ("response_tokens", RL, {}, "tokens", "response length: should not run to the limit"),
-    ("eos_rate", RL, {"ylim": (0, 1.03)}, "share", "responses that end with EOS: should rise to 1"),
-    ("entropy", RL, {}, "nats per token", "policy entropy: may fall, should not drop to 0"),
-    ("explained_variance", RL, {"ylim": (-1, 1.03)}, "share (cut at -1)", "critic, explained variance: should approach 1"),
-    ("score", RL, {"xlabel": TOKENS}, "score (0: references, on average)", "the score again, against tokens generated"),
-    ("kl", RL, {"xlabel": TOKENS}, "nats per response", "the KL again: a reset saves tokens"),
-    ("response_tokens", RL, {"xlabel": TOKENS}, "tokens", "the response length again"),
-    ("loss", ("sft",), {}, "nats per token", "SFT loss: should fall and level off"),
-    ("accuracy", ("rm",), {"ylim": (0.4, 1.02)}, "share (chance: 0.5)", "reward model, pairs ranked right: should rise"),
-    ("accuracy", ("dpo",), {"ylim": (0.4, 1.02)}, "share (chance: 0.5)", "DPO, pairs ranked right: should rise"),
-]
-HELD_OUT_PANELS = [  # key in history.jsonl, y label, title; a last row, where tools/history.py has measured kept checkpoints
-    ("win_rate", "share", "win rate, validation prompts: should rise"),
-    ("rm_score", "score", "RM score, validation prompts"),
-    ("kl", "nats per response", "KL to the SFT model, validation prompts"),
-]
 
 
 def fail(message):
-    """What the person at the keyboard can mend: one line on stderr, exit status 2."""
-    print(f"report.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """One line on stderr, exit status 2."""
+    print(f"report.py: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def label(method):
-    """What a method is called: a network from elsewhere by the end of its name, the drpo of another run as RUN/drpo."""
-    path = Path(method)
-    return METHODS.get(method) or ("/".join(path.parts[-2:]) if path.name in METHODS else path.name)
-
-
-def methods_in(rows):
-    """The methods in rows of samples.jsonl or in tables: the run's in the order of METHODS, then those from elsewhere."""
-    found = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, dict))
-    return [name for name in METHODS if name in found] + [name for name in found if name not in METHODS]
-
-
 def read(path, lines=False):
-    """A JSON file -> its content; a .jsonl file -> the list of what its lines hold."""
+    """A JSON file -> its content; a .jsonl file -> the list of its objects."""
     try:
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
     except ValueError as error:
-        fail(f"{path}: not JSON ({error}); mend or delete it")
+        fail(f"{path}: not JSON ({error}); repair or delete it")
 
 
-def summarise(known, samples):
-    """What `drpo.py eval` left -> report.json: each method's figures with their 95 % intervals over the prompts, and the
-    differences of win rate between methods on the same prompts."""
-    methods, references = {name: {} for name in methods_in(samples[:1])}, [row["reference"] for row in samples]
-    for name, figures in methods.items():
-        said = [row[name] for row in samples]
-        if missing := [key for key in (*MEANS, "kl_rm_score") if key not in said[0]]:
-            fail(f"samples.jsonl has no {', '.join(missing)}: make it again with: python drpo.py eval")
-        verdicts, texts = [one["win_rate"] for one in said], [one["response"] for one in said]
-        figures["judged"], figures["ties"] = len(verdicts) - verdicts.count(None), verdicts.count(0.5)
-        if not figures["judged"]:
-            fail(f"the judge gave no verdict on any response of {label(name)}: ask another one")
-        for key in MEANS:
-            values = [one[key] for one in said if one[key] is not None]
-            shares = key in ("win_rate", "eos_rate")
-            figures[key] = statistics.fmean(values)
-            figures[f"{key}_ci95"] = wilson(sum(values), len(values)) if shares else mean_interval(values)
-        gaps = [len(text) - len(reference) for text, reference in zip(texts, references)]  # in characters, which a judge sees
+def label(method):
+    return METHODS.get(method, method)
+
+
+def methods_in(rows):
+    """The methods in rows of samples.jsonl or in {method: figures} tables: those of METHODS first, in its order."""
+    found = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, dict))
+    return [name for name in METHODS if name in found] + [name for name in found if name not in METHODS]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics: pure functions on lists of numbers and texts.
+
+
+def spread(values):
+    """Values, one per seed, None where a seed lacks it -> their statistics, with the 95 % t-interval of the mean; one value has
+    neither std nor interval. None without any value."""
+    given = [value for value in values if value is not None]
+    if not (n := len(given)):
+        return None
+    mean, std = statistics.mean(given), statistics.stdev(given) if n > 1 else None
+    half = T975[min(n - 1, len(T975)) - 1] * std / math.sqrt(n) if n > 1 else None
+    ci95 = [mean - half, mean + half] if n > 1 else None
+    return {"mean": mean, "std": std, "min": min(given), "max": max(given), "n": n, "values": values, "ci95": ci95}
+
+
+def clopper_pearson(hits, n, alpha=0.05):
+    """The exact 1 - alpha interval [low, high] of a share of which `hits` among n were seen."""
+
+    def quantile(k, level):  # the p at which P(X <= k) = level; that probability falls in p
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            p = (low + high) / 2
+            above = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1)) > level
+            low, high = (p, high) if above else (low, p)
+        return low
+
+    return [quantile(hits - 1, 1 - alpha / 2) if hits else 0.0, quantile(hits, alpha / 2) if hits < n else 1.0]
+
+
+def paired_bootstrap(a, b, resamples=10_000, seed=0):
+    """Verdicts on two methods, aligned by prompt -> {mean, ci95, prompts} of the difference a - b, or None without any.
+    Resamples prompts that have both verdicts: what makes a prompt easy for both methods cancels."""
+    gaps = np.array([x - y for x, y in zip(a, b, strict=True) if None not in (x, y)])
+    if not len(gaps):
+        return None
+    rng = np.random.default_rng(seed)
+    means = [gaps[rng.integers(len(gaps), size=len(gaps))].mean() for _ in range(resamples)]
+    return {"mean": gaps.mean().item(), "ci95": np.quantile(means, [0.025, 0.975]).tolist(), "prompts": len(gaps)}
+
+
+def length_controlled(verdicts, gaps, z=1.96):
+    """Verdicts (1, 0, 0.5, None: no verdict) and length minus the reference's -> (win rate at equal length, 95 % interval).
+
+    Length-controlled AlpacaEval (Dubois et al. 2024) without its prompt term: P(win_i) = sigma(a + b tanh(x_i)) with
+    x_i = gap_i / std(gap), not centred; at equal length the win rate is sigma(a). Maximum likelihood, standard error of a
+    from the Fisher information. (None, None) where one threshold on length separates wins from losses: no finite fit."""
+    decided = [(verdict, gap) for verdict, gap in zip(verdicts, gaps, strict=True) if verdict is not None]
+    won, lost = [gap for verdict, gap in decided if verdict > 0], [gap for verdict, gap in decided if verdict < 1]
+    if not (won and lost and min(won) < max(lost) and min(lost) < max(won)):
+        return None, None
+    y, gap = np.array(decided, float).T
+    x, weights = np.stack([np.ones_like(gap), np.tanh(gap / gap.std())], 1), np.zeros(2)  # (n, 2), (2,)
+    ascent = 4 * np.linalg.inv(x.T @ x) @ x.T  # Boehning's bound on the curvature: no step goes too far
+    for _ in range(10_000):
+        p = (1 + np.tanh(x @ weights / 2)) / 2  # sigma that cannot overflow
+        step = ascent @ (y - p)
+        weights = weights + step
+        if np.abs(step).max() < 1e-9:
+            break
+    error = z * math.sqrt(np.linalg.inv(x.T @ (x * (p * (1 - p))[:, None]))[0, 0])
+    low, rate, high = [(1 + math.tanh((weights[0] + side) / 2)) / 2 for side in (-error, 0, error)]
+    return rate, [low, high]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables.
+
+
+def figures_of(report, samples):
+    """report.json and samples.jsonl of one run -> {method: figures}: those of report.json, and what only the samples tell."""
+    methods = {}
+    for name in methods_in([report["methods"]]):
+        figures = methods[name] = dict(report["methods"][name])
+        verdicts = [row[name]["win_rate"] for row in samples]
+        gaps = [len(row[name]["response"]) - len(row["reference"]) for row in samples]  # in characters, which a judge sees
         figures["lc_win_rate"], figures["lc_win_rate_ci95"] = length_controlled(verdicts, gaps)
-        figures["distinct_1"], figures["distinct_2"] = distinct(texts, 1), distinct(texts, 2)
-    differences = {
-        f"{b} - {a}": paired_bootstrap(*([row[name]["win_rate"] for row in samples] for name in (b, a)))
-        for a, b in combinations(methods, 2)
-    }
-    rm, batches = known["rm"], known["rm"]["accuracy_by_batch"]
-    right, pairs = [sum(batch[key] for batch in batches.values()) for key in ("right", "pairs")]
-    rm = {
-        **rm,
-        "accuracy_ci95": wilson(right, pairs),
-        "accuracy_by_batch": {
-            name: {**batch, "accuracy_ci95": wilson(batch["right"], batch["pairs"])} for name, batch in sorted(batches.items())
-        },
-    }
-    return {"methods": methods, "differences": differences, **known, "rm": rm}
+        for key in ("rm_score", "kl", "kl_rm_score"):
+            values = [row[name][key] for row in samples]
+            mean, error = statistics.fmean(values), statistics.pstdev(values) / math.sqrt(len(values))
+            figures |= {key: mean, f"{key}_error": error, f"{key}_ci95": [mean - 1.96 * error, mean + 1.96 * error]}
+    return methods
 
 
 def table(rows, markdown=False):
@@ -156,402 +176,325 @@ def bracket(interval, digits):
     return f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "-"
 
 
-def number(value, digits):
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def plus_minus(stats, digits):
-    """What `spread` gives, or None, in a cell."""
-    return f"{stats['mean']:.{digits}f}" + (f" ± {stats['std']:.{digits}f}" if stats["n"] > 1 else "") if stats else "-"
+def number(value, digits, ranged=False):
+    """A number, None, or what `spread` gives -> a cell: 1.23, -, 1.23 ± 0.04, with `ranged` 1.23 ± 0.04 (1.20-1.27)."""
+    if not isinstance(value, dict):
+        return "-" if value is None else f"{value:.{digits}f}"
+    mean, std, low, high = [number(value[key], digits) for key in ("mean", "std", "min", "max")]
+    return mean if value["n"] == 1 else f"{mean} ± {std}" + f" ({low}-{high})" * ranged
 
 
 def method_rows(methods, keys, bracketed):
-    """One run's {method: figures} -> rows for `table`: these keys of METRICS, those in `bracketed` with their 95 % interval."""
+    """{method: figures} -> rows for `table`: these keys of METRICS, those in `bracketed` with range and 95 % interval."""
     rows = [["method", *(METRICS[key][0] for key in keys)]]
     for name, figures in methods.items():
-        cells = {key: number(figures[key], METRICS[key][1]) for key in keys}
+        cells = {key: number(figures.get(key), METRICS[key][1], ranged=key in bracketed) for key in keys}
         for key in bracketed:
-            cells[key] += " " + bracket(figures[f"{key}_ci95"], METRICS[key][1])
+            interval = figures[key]["ci95"] if isinstance(figures[key], dict) else figures.get(f"{key}_ci95")
+            cells[key] += " " + bracket(interval, METRICS[key][1])
         rows.append([label(name), *cells.values()])
     return rows
 
 
-def difference_rows(differences, interval):
-    """{"ppo - sft": {mean, ...}} -> rows for `table`. interval(what stands there) -> [low, high] or None."""
+def difference_rows(differences):
+    """{"ppo - sft": {mean, ci95, ...} or None} -> rows for `table`."""
     rows = [["win rate, paired", "difference", "95 % interval"]]
     for pair, gap in differences.items():
-        b, a = pair.split(" - ")
-        rows.append(
-            [f"{label(b)} minus {label(a)}", f"{gap['mean']:+.3f}" if gap else "-", bracket(interval(gap), 3) if gap else "-"]
-        )
+        cells = [f"{gap['mean']:+.3f}", bracket(gap["ci95"], 3)] if gap else ["-", "-"]
+        rows.append([" minus ".join(map(label, pair.split(" - "))), *cells])
     return rows
 
 
 def paper_rows(methods, preset):
-    """{method: figures}, numbers or what `spread` gives -> rows for `table`: each method here and in the paper."""
+    """{method: figures} -> rows for `table`: each method here and in the paper."""
     rows = [["method", "", *(METRICS[key][0] for key in PAPER_KEYS)]]
     for name, theirs in PAPER[preset].items():
         if name in methods:
-            ours = [(methods[name][key], METRICS[key][1]) for key in PAPER_KEYS]
-            cells = [(plus_minus if isinstance(figure, dict) else number)(figure, digits) for figure, digits in ours]
-            rows += [[METHODS[name], "here", *cells], [METHODS[name], "paper", *theirs]]
+            ours = [number(methods[name].get(key), METRICS[key][1]) for key in PAPER_KEYS]
+            rows += [[METHODS[name], "here", *ours], [METHODS[name], "paper", *theirs]]
     return rows
 
 
-def measured(settings, prompts):
+def measured(report):
     """How the figures were measured, in lines for below the table."""
-    warning = ", the run's own reward model: NOT independent, it is what was optimised" if settings["judge"] == "rm" else ""
+    warning = " (the run's own reward model: NOT independent, it is what was optimised)" if report["judge"] == "rm" else ""
     return [
-        f"judge: {settings['judge']}{warning}",
-        f"measured on {prompts} held-out prompts at sampling temperature {settings['eval_temperature']:g}; "
-        f"KL, in nats per response, at temperature {settings['temperature']:g}, that of training",
+        f"judge: {report['judge']}{warning}",
+        f"{report['prompts']} held-out prompts, sampling temperature {report['settings']['eval_temperature']:g}; "
+        f"KL in nats per response, at the training temperature {report['settings']['temperature']:g}",
     ]
-
-
-def judged(report, prompts):
-    """What became of the questions to an API judge, which may leave one without a verdict."""
-    said = [
-        f"{label(name)} {figures['ties']} ties, {prompts - figures['judged']} without a verdict and left out"
-        for name, figures in report["methods"].items()
-    ]
-    return [f"of {prompts} questions: {'; '.join(said)}"] if report["settings"]["judge"].startswith("api:") else []
 
 
 def sample_posts(samples, methods):
-    """The first three held-out posts with the response of each method, as indented (so verbatim) Markdown blocks."""
-    blocks = []
+    """The first three held-out posts with the response of each method, as indented (verbatim) Markdown blocks."""
     for i, row in enumerate(samples[:3], 1):
-        parts = [line for line in row["prompt"].splitlines() if line.strip()] + [f"reference: {row['reference']}"]
+        lines = [*row["prompt"].splitlines(), "", f"reference: {row['reference']}"]
         for name in methods:
-            said = row[name]
-            win = "no verdict" if said["win_rate"] is None else f"win {said['win_rate']:.2g}"
-            parts.append(f"{label(name)} ({win}, RM score {said['rm_score']:.2f}): {said['response']}")
-        lines = [line for part in parts for line in [*textwrap.wrap(part, 110), ""]]
-        blocks += [f"### Post {i}", "\n".join(f"    {line}".rstrip() for line in lines[:-1])]
-    return blocks
+            win, score = number(row[name]["win_rate"], 2), number(row[name]["rm_score"], 2)
+            lines += ["", f"{label(name)} (win {win}, RM score {score}): {row[name]['response']}"]
+        yield f"### Post {i}\n\n" + textwrap.indent("\n".join(textwrap.fill(line, 110) for line in lines), "    ")
 
 
-def draw(folders, batch_size, path):
-    """curves.png: what each stage logged against its updates, and PPO's and DR-PO's also against episodes and against tokens
-    generated; several folders give mean and min-max band. Win rates on the way, where tools/history.py has measured them."""
-    from matplotlib.figure import Figure  # not pyplot: needs no display, leaves a notebook alone
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures. `folders`: one per seed; `tables`: what `figures_of` gives of each.
 
-    histories, drawn = read_history(folders), {}  # stage -> a line, for the one legend
-    figure = Figure(figsize=(15, 17 if histories else 14), layout="constrained")
-    axes = figure.subplots(5 if histories else 4, 3, height_ratios=(3, 3, 2, 2, 2)[: 5 if histories else 4])
+CURVES = [  # key in metrics.jsonl, the same on held-out prompts, title, unit
+    ("score", "kl_rm_score", "Reward-model score", "score (0: references on average)"),
+    ("kl", "kl", "KL to the SFT policy", "nats per response"),
+    ("response_tokens", "response_tokens", "Response length", "tokens"),
+]
+TOKENS = "tokens sampled, cumulative"
+DIAGNOSTICS = [  # key in metrics.jsonl, stages, title, axis
+    ("eos_rate", RL, "ends with EOS: should rise to 1", {"ylabel": "share", "ylim": (0, 1.03)}),
+    ("entropy", RL, "policy entropy: should not drop to 0", {"ylabel": "nats per token"}),
+    ("explained_variance", RL, "critic, explained variance: towards 1", {"ylabel": "share (cut at -1)", "ylim": (-1, 1.03)}),
+    ("vf_loss", RL, "value loss: should fall", {}),
+    ("approx_kl", RL, "approx_kl: below 0.05", {"ylabel": "nats per token"}),
+    ("clipfrac", RL, "clipped tokens: below 0.3", {"ylabel": "share"}),
+    ("grad_norm", RL, "gradient norm: should not grow", {}),
+    ("reset_share", RL, "rollouts from a reset: beta", {"ylabel": "share", "ylim": (-0.03, 1.03)}),
+    ("score", RL, "score against tokens: resets save some", {"ylabel": "score", "xlabel": TOKENS}),
+    ("loss", ("sft",), "SFT loss: should fall and level off", {"ylabel": "nats per token"}),
+    ("accuracy", ("rm",), "reward model, pairs ranked right", {"ylabel": "share (chance: 0.5)", "ylim": (0.3, 1.03)}),
+    ("accuracy", ("dpo",), "DPO, pairs ranked right", {"ylabel": "share (chance: 0.5)", "ylim": (0.3, 1.03)}),
+]
 
-    def curve(ax, stage, x, curves):
-        if at := list(zip(*curves)):  # as far as every seed has come
-            (drawn[stage],) = ax.plot(x[: len(at)], list(map(statistics.fmean, at)), color=COLOURS[stage], linewidth=2)
-            ax.fill_between(x[: len(at)], list(map(min, at)), list(map(max, at)), color=COLOURS[stage], alpha=0.2, linewidth=0)
 
-    def episodes(ax):
-        ax.secondary_xaxis("top", functions=(lambda x: x * batch_size, lambda x: x / batch_size)).set_xlabel("episodes")
+def new_figure(rows, columns, size):
+    from matplotlib.figure import Figure  # not pyplot: needs no display, and leaves a notebook's figures alone
 
-    for ax, (key, stages, limits, unit, title) in zip(axes.flat, PANELS):
-        for stage in stages:
-            logs = [read(log, lines=True) for folder in folders if (log := folder / stage / "metrics.jsonl").exists()]
-            window = len(logs[0]) // 20 if logs and stage not in RL else 0
-            x = range(1, max(map(len, logs), default=0) + 1)
-            if limits.get("xlabel") == TOKENS:
-                generated = [accumulate(line["tokens_decoded"] for line in log) for log in logs]
-                x = list(map(statistics.fmean, zip(*generated)))
-            curves = [
-                [statistics.fmean(line[key] for line in log[max(0, i - window) : i + 1]) for i in range(len(log))]
-                for log in logs
-            ]
-            curve(ax, stage, x, curves)
-        ax.set(**{"title": title, "xlabel": "update", "ylabel": unit, **limits})
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
         ax.grid(alpha=0.3)
-        if stages == RL and "xlabel" not in limits:
-            episodes(ax)
-    for ax, (key, unit, title) in zip(axes.flat[len(PANELS) :], HELD_OUT_PANELS):
-        for stage in RL:
-            found = [history[stage]["validation"] for history in histories if stage in history]
-            x = sorted(set.intersection(*map(set, found))) if found else []
-            curve(ax, stage, x, [[figures[update][key] for update in x] for figures in found])
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes.flat)
+
+
+def draw_log(ax, folders, stage, key, against_tokens=False):
+    """A stage's metric against its updates, a running mean over a twentieth of them: mean and min-max band over the folders.
+    -> the number of updates that all folders have; with 0 nothing is drawn."""
+    logs = [read(path, lines=True) for folder in folders if (path := folder / stage / "metrics.jsonl").exists()]
+    logs = [log for log in logs if log and key in log[0]]
+    n = min(map(len, logs), default=0)
+    if n:
+        x, window = range(1, n + 1), n // 20 + 1
+        if against_tokens:
+            x = np.mean([list(accumulate(line["tokens_decoded"] for line in log[:n])) for log in logs], 0)
+        y = np.array([[line[key] for line in log[:n]] for log in logs], float)
+        y = np.stack([y[:, max(0, i - window) : i].mean(1) for i in range(1, n + 1)], 1)
+        ax.plot(x, y.mean(0), color=COLOURS[stage], linewidth=2, label=METHODS.get(stage, "reward model"))
+        ax.fill_between(x, y.min(0), y.max(0), color=COLOURS[stage], alpha=0.2, linewidth=0)
+    return n
+
+
+def draw_shares(ax, tables):
+    """Win rates on held-out prompts, or EOS rates without a judge: of one run with interval, of several a dot each and mean."""
+    judged = any(figures["win_rate"] is not None for each in tables for figures in each.values())
+    key, title = ("win_rate", "Win rate against the references") if judged else ("eos_rate", "Responses that end with EOS")
+    names, several = methods_in(tables), len(tables) > 1
+    for place, name in enumerate(names):
+        found = [each[name] for each in tables if name in each and each[name][key] is not None]
+        if stats := spread([figures[key] for figures in found]):
+            mean, colour = stats["mean"], COLOURS.get(name, "black")
+            low, high = (stats["ci95"] if several else found[0].get(f"{key}_ci95")) or [mean, mean]
+            ax.errorbar(place, mean, [[mean - low], [high - mean]], fmt="o", markersize=8, capsize=5, color=colour)
+            ax.annotate(f"{mean:.2f}", (place, mean), xytext=(-10, 0), textcoords="offset points", ha="right", va="center")
+            if several:
+                ax.plot([place + 0.2] * stats["n"], stats["values"], "o", markersize=4, alpha=0.6, color=colour)
+    ax.axhline(0.5, color="black", linestyle=":", linewidth=1)
+    ax.set(xticks=range(len(names)), xticklabels=map(label, names), xlim=(-0.6, len(names) - 0.4), ylim=(0, 1.03))
+    bars = "small dots: seeds; bars: 95 % t-interval" if several else "bars: 95 % interval over prompts"
+    ax.set(title=f"{title}, held-out prompts", ylabel="share", xlabel=bars)
+
+
+def draw_curves(folders, tables, path):
+    """curves.png: score, KL and length in training, with their values on held-out prompts, and the win rates."""
+    figure, axes = new_figure(2, 2, (10, 7.5))
+    for ax, (key, held_out, title, unit) in zip(axes, CURVES):
+        end = max(draw_log(ax, folders, stage, key) for stage in RL)
+        for name, place in {"ppo": 1.04 * end, "drpo": 1.07 * end}.items():
+            if stats := spread([each[name][held_out] for each in tables if name in each]):
+                bars = [[stats["mean"] - stats["min"]], [stats["max"] - stats["mean"]]]
+                ax.errorbar(place, stats["mean"], bars, fmt="o", capsize=3, color=COLOURS[name], markeredgecolor="black")
+        if stats := spread([each["sft"][held_out] for each in tables if "sft" in each]):
+            ax.axhline(stats["mean"], color=COLOURS["sft"], linestyle="--", label="SFT, held-out prompts")
         ax.set(title=title, xlabel="update", ylabel=unit)
-        ax.grid(alpha=0.3)
-        episodes(ax)
-    notes = [
-        "DR-PO's rollouts may begin inside a reference response, PPO's begin at the bare prompt: in the upper three rows",
-        "compare how curves move, not how high they are. The table in report.md has levels that can be compared.",
-        "Fourth row: running means over about a twentieth of the updates.",
-    ]
-    if len(folders) > 1:
-        notes[-1] += f" Lines: means over {len(folders)} seeds; bands: from the lowest seed to the highest."
-    figure.suptitle("\n".join(notes), fontsize=11)
-    names = [METHODS.get(stage, "reward model") for stage in drawn]
-    figure.legend(drawn.values(), names, loc="outside lower center", ncols=5)
+    draw_shares(axes[3], tables)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    over = f"; mean and range over {len(folders)} seeds" if len(folders) > 1 else ""
+    dots = "Dots at the right: held-out prompts, from the bare prompt, after training. Compare methods by the dots."
+    figure.suptitle(f"Lines: training rollouts, DR-PO's from its resets{over}.\n{dots}", fontsize=11)
     figure.savefig(path, dpi=100)
 
 
-def draw_frontier(samples, path):
-    """frontier.png, the paper's figures 1 and 2: RM score against KL of the same responses, sampled at the training
-    temperature, one per held-out prompt; by method in bins of equal count, mean and standard error. SFT is at KL 0."""
-    from matplotlib.figure import Figure
+def draw_diagnostics(folders, path):
+    """diagnostics.png: what the stages logged. A metric that a run has not logged leaves its panel empty."""
+    figure, axes = new_figure(3, 4, (15, 9))
+    for ax, (key, stages, title, axis) in zip(axes, DIAGNOSTICS):
+        drawn = sum(draw_log(ax, folders, stage, key, axis.get("xlabel") == TOKENS) for stage in stages)
+        ax.set(**{"title": title if drawn else f"{key} ({', '.join(stages)}): not logged", "xlabel": "update", **axis})
+    handles = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=100)
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    ax = figure.subplots()
-    for name in methods_in(samples):
-        said = [row[name] for row in samples if name in row]
-        x, y, error, _ = zip(*binned([one["kl"] for one in said], [one["kl_rm_score"] for one in said]))
-        ax.errorbar(x, y, error, color=COLOURS.get(name), marker="o", capsize=3, label=label(name))
-        if name == "sft":
-            ax.axhline(y[0], color=COLOURS[name], linestyle="--", linewidth=1)
+
+def draw_frontier(tables, prompts, path):
+    """frontier.png, after the paper's figures 1 and 2: mean RM score against mean KL of the same responses, sampled at the
+    training temperature. One point per method and seed, with standard errors over prompts."""
+    figure, (ax,) = new_figure(1, 1, (8, 5.5))
+    points = {name: [each[name] for each in tables if name in each] for name in methods_in(tables)}
+    # DPO moves far from SFT: the axis ends a little beyond the other methods, and words stand for what lies further right
+    limit = 1.3 * max([0.5, *(one["kl"] + one["kl_error"] for name in points if name != "dpo" for one in points[name])])
+    for name, found in points.items():
+        colour, columns = COLOURS.get(name, "black"), ("kl", "kl_rm_score", "kl_rm_score_error", "kl_error")
+        near, far = [[one for one in found if (one["kl"] > limit) == beyond] for beyond in (False, True)]
+        if near:
+            ax.errorbar(*([one[key] for one in near] for key in columns), fmt="o", capsize=2, color=colour, label=label(name))
+        if far:
+            kls = ", ".join(f"{one['kl']:.1f}" for one in far)
+            y = statistics.fmean(one["kl_rm_score"] for one in far)
+            ax.annotate(f"{label(name)}: KL {kls} → ", (limit, y), ha="right", va="center", color=colour)
     ax.axhline(0, color="black", linestyle=":", linewidth=1, label="references, on average")
+    ax.set_xlim(right=limit)
     ax.set(
-        xlabel="KL to the SFT model, nats per response (estimated on one sample: can be below 0)",
-        ylabel="RM score",
-        title=f"{len(samples)} held-out responses per method; dots: bins of equal count, bars: standard errors",
+        xlabel="KL to the SFT policy, nats per response: mean of ln π - ln π_SFT over one sample per prompt.\n"
+        "A KL is never negative; its estimate can be, by about its standard error.",
+        ylabel="RM score of the same samples",
+        title=f"A dot per {'seed' if len(tables) > 1 else 'method'}; bars: standard errors over {prompts} prompts",
     )
-    ax.grid(alpha=0.3)
     ax.legend()
     figure.savefig(path, dpi=100)
 
 
-def read_history(folders):
-    """What tools/history.py left in these folders, one a seed -> [{method: {part: {update: figures}}}], part is "validation" or
-    "test"."""
-    found = []
-    for folder in folders:
-        if (folder / "history.jsonl").exists():
-            found.append({})
-            for line in read(folder / "history.jsonl", lines=True):
-                found[-1].setdefault(line["method"], {}).setdefault(line["prompts"], {})[line["update"]] = line
-    return found
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports.
 
 
-def draw_history(histories, path):
-    """overoptimisation.png: RM score (left axis) and what it stands for (right axis: the gold score, or else the judge's win
-    rate) on the validation prompts, against updates; mean over seeds, and dotted where each method peaks in the latter."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    left = figure.subplots()
-    right = left.twinx()
-    for method in [name for name in RL if name in histories[0]]:
-        runs = [history[method]["validation"] for history in histories if method in history]
-        updates = sorted(set.intersection(*map(set, runs)))
-        judged = runs[0][updates[0]]["judged_by"]
-        for ax, key, style in ((left, "rm_score", "-"), (right, judged, "--")):
-            curve = [statistics.fmean(run[update][key] for run in runs) for update in updates]
-            ax.plot(updates, curve, style, color=COLOURS[method], label=f"{METHODS[method]}, {key}")
-        peak = max(range(len(updates)), key=curve.__getitem__)  # of the latter curve
-        left.axvline(updates[peak], color=COLOURS[method], linestyle=":")
-    left.set(
-        xlabel="update",
-        ylabel="RM score (solid): what is optimised",
-        title="Where the two part, the reward model is over-optimised",
-    )
-    right.set_ylabel(f"{judged} (dashed): what is wanted")
-    left.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=100)
-
-
-def history_rows(histories):
-    """-> rows for `table`: the update at which each method does best on the validation prompts, and what stopping there gives
-    on the test prompts, beside its last update; means over seeds."""
-    judged = next(iter(next(iter(histories[0].values()))["test"].values()))["judged_by"]
-    keys = dict.fromkeys((judged, "win_rate", "rm_score", "kl"))
-    rows = [["on the test prompts", "update (of each seed)", *(METRICS.get(key, (key, 3))[0] for key in keys)]]
-    for method in [name for name in RL if name in histories[0]]:
-        parts = [history[method] for history in histories if method in history]
-        peaks = [max(part["validation"], key=lambda update: part["validation"][update][judged]) for part in parts]
-        lasts = [max(part["validation"]) for part in parts]
-        for title, updates in (("peak on validation prompts", peaks), ("last update", lasts)):
-            at = [part["test"][update] for part, update in zip(parts, updates)]
-            rows.append(
-                [
-                    f"{METHODS[method]}, {title}",
-                    ", ".join(map(str, updates)),
-                    *(f"{statistics.fmean(figures[key] for figures in at):.3f}" for key in keys),
-                ]
-            )
-    return rows
-
-
-def publish(run, folders, samples, methods, settings, *parts):
-    """Draws the figures, from the logs of `folders` and from all their samples, and writes report.md: the parts, the paper's
-    table beside ours where it is of this task, the figures, the settings folded away."""
-    draw(folders, settings["batch_size"], run / "curves.png")
-    draw_frontier(samples, run / "frontier.png")
-    if settings["preset"] in PAPER:
-        parts += (
+def publish(run, folders, tables, methods, report, parts):
+    """Draws the figures and writes report.md: the parts, the paper's table where there is one, figures, settings."""
+    draw_curves(folders, tables, run / "curves.png")
+    draw_diagnostics(folders, run / "diagnostics.png")
+    draw_frontier(tables, report["prompts"], run / "frontier.png")
+    if (preset := report["settings"].get("preset")) in PAPER:
+        parts += [
             "## Beside the paper",
-            "Theirs: Pythia-2.8B-deduped, judged by GPT-4 against human references; how KL is estimated they do not say. On "
-            "CNN/DailyMail their SFT model, and no other, was trained on that data.",
-            table(paper_rows(methods, settings["preset"]), markdown=True),
-        )
-    if histories := read_history(folders):
-        draw_history(histories, run / "overoptimisation.png")
-        parts += (
-            "## Over-optimisation",
-            "![RM score and gold score](overoptimisation.png)",
-            "Figure and peaks: validation prompts, which are apart from the test prompts that everything else is measured on.",
-            table(history_rows(histories), markdown=True),
-        )
-    parts += (
-        "## RM score against KL",
-        "![RM score against KL](frontier.png)",
-        "## Training curves",
-        "![Training curves](curves.png)",
-        "<details><summary>Settings</summary>",
-        f"```json\n{json.dumps(settings, indent=1)}\n```",
-        "</details>\n",
-    )
+            "Theirs: Pythia-2.8B-deduped, judged by GPT-4 against human references; they do not say how KL is estimated. On "
+            "CNN/DailyMail only their SFT model was trained on that data.",
+            table(paper_rows(methods, preset), markdown=True),
+        ]
+    for title, name in (("Training", "curves"), ("RM score against KL", "frontier"), ("Diagnostics", "diagnostics")):
+        parts += [f"## {title}", f"![{title}]({name}.png)"]
+    settings = f"```json\n{json.dumps(report['settings'], indent=1)}\n```"
+    parts += ["<details><summary>Settings</summary>", settings, "</details>\n"]
     (run / "report.md").write_text("\n\n".join(parts), encoding="utf-8")
 
 
 def write_single(run):
-    """report.json, report.md and curves.png of one run -> the table for the terminal."""
-    samples = read(run / "samples.jsonl", lines=True)
-    report = summarise(read(run / "eval.json"), samples)
-    (run / "report.json").write_text(json.dumps(report, indent=1))
-    methods, rm, seconds = report["methods"], report["rm"], report["seconds"]
-    each = ", ".join(f"{METHODS.get(stage, 'RM')} {value:.0f}" for stage, value in seconds.items())
+    """report.md and figures of one run -> the table for the terminal."""
+    report, samples = read(run / "report.json"), read(run / "samples.jsonl", lines=True)
+    methods, rm, seconds = figures_of(report, samples), report["rm"], report["seconds"]
+    by_batch = ", ".join(f"{name}: {of['accuracy']:.3f} of {of['pairs']}" for name, of in rm["accuracy_by_batch"].items())
+    each = ", ".join(f"{METHODS.get(stage, stage.upper())} {value:.0f}" for stage, value in seconds.items())
+    wins = {name: [row[name]["win_rate"] for row in samples] for name in methods}
+    silent = ", ".join(f"{label(name)} {verdicts.count(None)}" for name, verdicts in wins.items() if None in verdicts)
     notes = [
-        f"reward model accuracy: {rm['accuracy']:.3f} {bracket(rm['accuracy_ci95'], 3)}",
-        *measured(report["settings"], len(samples)),
-        *judged(report, len(samples)),
-        f"seconds: {each}; in all {sum(seconds.values()):.0f}",
+        f"reward model: {rm['accuracy']:.3f} {bracket(rm['accuracy_ci95'], 3)} of the held-out pairs ranked right ({by_batch})",
+        *measured(report),
+        *[f"responses without a verdict, not counted: {silent}"] * bool(silent),
+        f"seconds: {each}; total {sum(seconds.values()):.0f}",
     ]
-    publish(
-        run,
-        [run],
-        samples,
-        methods,
-        report["settings"],
-        f"# Run {run}",
+    differences = {f"{b} - {a}": paired_bootstrap(wins[b], wins[a]) for a, b in combinations(methods, 2)}
+    parts = [
+        f"# Run {run.name}",
         "In brackets: 95 % intervals over the prompts. At equal length: the win rate that a logistic regression on the "
-        "difference in length predicts for responses as long as the reference; - where it cannot tell.",
-        table(method_rows(methods, METRICS, WITH_INTERVAL), markdown=True),
+        "difference in length predicts for responses as long as the reference; -: not identified.",
+        table(method_rows(methods, METRICS, ["win_rate", "lc_win_rate", "rm_score", "kl"]), markdown=True),
         "\n".join(f"- {note}" for note in notes),
         "## Differences on the same prompts",
-        "Intervals by the paired bootstrap: prompts drawn again, "
-        "10,000 times. They hold for these trained networks, and say nothing of another seed.",
-        table(difference_rows(report["differences"], lambda gap: gap["ci95"]), markdown=True),
+        "Paired bootstrap over prompts, 10,000 resamples. The intervals hold for these trained networks, not for another seed.",
+        table(difference_rows(differences), markdown=True),
         "## The first held-out posts",
         *sample_posts(samples, methods),
-    )
+    ]
+    publish(run, [run], [methods], methods, report, parts)
     return "\n".join([table(method_rows(methods, IN_TERMINAL, ["win_rate"])), *notes])
 
 
 def write_seeds(run, folders):
-    """report.json, report.md and curves.png over the seeds of a run -> the table for the terminal."""
-    samples = [read(folder / "samples.jsonl", lines=True) for folder in folders]
-    reports = [summarise(read(folder / "eval.json"), rows) for folder, rows in zip(folders, samples)]
-    seeds = [each["settings"]["seed"] for each in reports]
+    """report.json, report.md and figures over the seeds of a run -> the table for the terminal."""
+    reports = [read(folder / "report.json") for folder in folders]
+    tables = [figures_of(each, read(folder / "samples.jsonl", lines=True)) for each, folder in zip(reports, folders)]
+    seeds, names = [each["settings"]["seed"] for each in reports], methods_in(tables)
+    wins = {name: [each.get(name, {}).get("win_rate") for each in tables] for name in names}
     methods = {
-        name: {key: spread([each["methods"].get(name, {}).get(key) for each in reports]) for key in METRICS}
-        for name in methods_in([each["methods"] for each in reports])
+        name: {key: spread([each.get(name, {}).get(key) for each in tables]) for key in (*METRICS, "kl_rm_score")}
+        for name in names
     }
-    differences = {
-        f"{b} - {a}": spread(
-            [
-                each["methods"][b]["win_rate"] - each["methods"][a]["win_rate"] if {a, b} <= each["methods"].keys() else None
-                for each in reports
-            ]
-        )
-        for a, b in combinations(methods, 2)
-    }
-    accuracy = spread([each["rm"]["accuracy"] for each in reports])
-    settings = {name: value for name, value in reports[0]["settings"].items() if name not in ("seed", "run_dir")}
     report = {
         "methods": methods,
-        "differences": differences,
+        "differences": {
+            f"{b} - {a}": spread([x - y if None not in (x, y) else None for x, y in zip(wins[b], wins[a])])
+            for a, b in combinations(names, 2)
+        },
         "seeds": seeds,
-        "rm": {"accuracy": accuracy},
-        "settings": settings,
+        "rm": {"accuracy": spread([each["rm"]["accuracy"] for each in reports])},
+        **{key: reports[0][key] for key in ("judge", "prompts")},
+        "settings": {key: value for key, value in reports[0]["settings"].items() if key not in ("seed", "run_dir")},
     }
-    (run / "report.json").write_text(json.dumps(report, indent=1))
+    (run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
-    others = ("rm_score", "kl", "response_tokens", "eos_rate")
-    titles = [METRICS[key][0] for key in ("win_rate", *others)]
-    gate = settings["dataset"] == "toy_env:gate"  # elsewhere FOUND says nothing
-    rows = [["method", titles[0], "95 % t-interval", *[f"seeds >= {FOUND:.2f}"] * gate, *titles[1:]]]
-    all_rows = [["method", *(title for title, _ in METRICS.values())]]
-    for name, stats in methods.items():
-        wins = stats["win_rate"]
-        found = sum(win is not None and win >= FOUND for win in wins["values"])
-        rows.append(
-            [
-                label(name),
-                f"{plus_minus(wins, 3)} ({wins['min']:.3f}-{wins['max']:.3f})",
-                bracket(t_interval(wins), 3),
-                *[f"{found}/{wins['n']}"] * gate,
-                *(plus_minus(stats[key], METRICS[key][1]) for key in others),
-            ]
-        )
-        all_rows.append([label(name), *(plus_minus(stats[key], digits) for key, (_, digits) in METRICS.items())])
-    per_seed = [["seed", *map(label, methods)]]
-    for seed, *wins in zip(seeds, *(stats["win_rate"]["values"] for stats in methods.values())):
-        per_seed.append([str(seed), *(number(win, 3) for win in wins)])
-
-    notes = [f"mean ± standard deviation (min-max) over seeds {', '.join(map(str, seeds))}"]
-    if gain := differences.get("drpo - ppo"):
-        each = ", ".join(f"seed {seed}: {value:+.3f}" for seed, value in zip(seeds, gain["values"]) if value is not None)
-        notes.append(
-            f"win rate of DR-PO minus PPO, paired by seed: {gain['mean']:+.3f}, "
-            f"95 % t-interval {bracket(t_interval(gain), 3)}; {each}"
-        )
-    notes += [
-        f"reward model accuracy: {accuracy['mean']:.3f} ({accuracy['min']:.3f}-{accuracy['max']:.3f})",
-        *measured(settings, len(samples[0])),
-    ]
-    publish(
-        run,
-        folders,
-        list(chain(*samples)),
-        methods,
-        settings,
-        f"# Run {run}, {len(seeds)} seeds",
-        table(rows, markdown=True),
+    short, full = [method_rows(methods, keys, ["win_rate"]) for keys in (IN_TERMINAL, METRICS)]
+    if report["settings"].get("dataset") == "toy_text:gate":  # on other data FOUND means nothing
+        hits = [[win >= FOUND for win in wins[name] if win is not None] for name in names]
+        cells = [f"{sum(each)}/{len(each)} {bracket(clopper_pearson(sum(each), len(each)), 2)}" for each in hits]
+        for rows in (short, full):
+            for row, cell in zip(rows, [f"found: seeds >= {FOUND:.2f} [exact 95 %]", *cells]):
+                row.append(cell)
+    notes = [f"mean ± standard deviation (min-max) [95 % t-interval] over seeds {', '.join(map(str, seeds))}"]
+    if gain := report["differences"].get("drpo - ppo"):
+        each = ", ".join(number(value, 3) for value in gain["values"])
+        notes.append(f"win rate of DR-PO minus PPO: {gain['mean']:+.3f} {bracket(gain['ci95'], 3)}, by seed: {each}")
+    notes += [f"reward model accuracy: {number(report['rm']['accuracy'], 3, ranged=True)}", *measured(reports[0])]
+    per_seed = [[str(seed), *(number(wins[name][i], 3) for name in names)] for i, seed in enumerate(seeds)]
+    parts = [
+        f"# Run {run.name}, {len(seeds)} seeds",
+        table(full, markdown=True),
         "\n".join(f"- {note}" for note in notes),
-        "## All figures, mean ± standard deviation over the seeds",
-        table(all_rows, markdown=True),
         "## Differences, paired by seed",
-        table(difference_rows(differences, t_interval), markdown=True),
+        table(difference_rows(report["differences"]), markdown=True),
         "## Win rate of each seed",
-        table(per_seed, markdown=True),
-        f"Each seed's own report, with samples: `python -m tools.report {run}/seed_*`",
-    )
-    return "\n".join([table(rows), *notes])
+        table([["seed", *map(label, names)], *per_seed], markdown=True),
+    ]
+    publish(run, folders, tables, methods, report, parts)
+    return "\n".join([table(short), *notes])
 
 
 def write(run_dir):
-    """A run's folder, single or over seeds -> the table for the terminal; report.json, .md and curves.png then lie in it."""
+    """The folder of a run, single or over seeds -> the table for the terminal. Writes report.md and the figures into it."""
     run = Path(run_dir)
-    folders = [path.parent for path in run.glob("seed_*/eval.json")]
+    folders = [path.parent for path in run.glob("seed_*/report.json")]
     if folders:
         return write_seeds(run, sorted(folders, key=lambda folder: (len(folder.name), folder.name)))  # seed_2, seed_10
-    if not (run / "eval.json").exists():
-        fail(f"{run}: no eval.json in it nor in seed_K folders below; make it with: python drpo.py eval --run_dir {run}")
+    if not (run / "report.json").exists():
+        fail(f"{run}: no report.json in it or in its seed_K folders; make it with: python drpo.py eval --run_dir {run}")
     return write_single(run)
 
 
 def compare(runs):
-    """The DR-PO of several runs -> rows for `table`: the settings it was trained with, where they differ, and its figures,
-    mean and range over the seeds of each run."""
+    """The DR-PO of several runs -> rows for `table`: the settings in which they differ, and its figures over their seeds."""
     trained = {}
     for run in map(Path, runs):
-        results = [*sorted(run.glob("seed_*/drpo/result.json")), *run.glob("drpo/result.json")]
-        if results and "drpo" in read(run / "report.json")["methods"]:
-            trained[run] = read(results[0])["settings"]
-    first = next(iter(trained.values()), {})
-    differing = [
-        key for key in first if key != "seed" and any(settings.get(key) != first[key] for settings in trained.values())
-    ]
-    keys = ("win_rate", "rm_score", "kl", "response_tokens", "eos_rate")
-    rows = [["run", *differing, "seeds", *(METRICS[key][0] for key in keys)]]
-    for run, settings in trained.items():
-        figures, cells = read(run / "report.json")["methods"]["drpo"], []
-        for key in keys:
-            stats = figures[key] if isinstance(figures[key], dict) else spread([figures[key]])
-            mean, low, high = [f"{stats[name]:.{METRICS[key][1]}f}" for name in ("mean", "min", "max")]
-            cells.append(f"{mean} ({low}-{high})" if stats["n"] > 1 else mean)
-        rows.append([run.name, *(str(settings.get(key)) for key in differing), str(stats["n"]), *cells])
+        found = [*sorted(run.glob("seed_*/drpo/settings.json")), *run.glob("drpo/settings.json")]
+        if found and "drpo" in (methods := read(run / "report.json")["methods"]):
+            trained[run.name] = read(found[0]) | {"seed": None}, methods["drpo"]
+    first = next(iter(trained.values()), ({}, {}))[0]
+    differing = [key for key in first if key.isidentifier() and len({str(s.get(key)) for s, _ in trained.values()}) > 1]
+    rows = [["run", *differing, "seeds", *(METRICS[key][0] for key in IN_TERMINAL)]]
+    for name, (settings, figures) in trained.items():
+        cells = [number(figures[key], METRICS[key][1], ranged=True) for key in IN_TERMINAL]
+        seeds = figures["kl"]["n"] if isinstance(figures["kl"], dict) else 1
+        rows.append([name, *(str(settings.get(each)) for each in differing), str(seeds), *cells])
     return rows
 
 
@@ -559,14 +502,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.partition("\n")[0])
     parser.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="what --run_dir of drpo.py was")
     parser.error = fail
-    runs = parser.parse_args(argv).run_dir
+    with contextlib.suppress(AttributeError):  # a stream that is not UTF-8 gets replacements
+        sys.stdout.reconfigure(errors="replace")
     try:
+        runs = parser.parse_args(argv).run_dir
         for run_dir in runs:
             print(write(run_dir))
         if len(rows := compare(runs)) > 2:
-            print(f"\nDR-PO in each run, mean (range over seeds):\n\n{table(rows, markdown=True)}")
+            print(f"\nDR-PO in each run, over its seeds:\n\n{table(rows, markdown=True)}")
     except OSError as error:  # a file that is missing, a folder that is read-only
         fail(f"{error.filename}: {error.strerror}")
+    except (KeyError, TypeError, IndexError) as error:
+        fail(f"report.json or samples.jsonl is incomplete ({error!r}); make both again with: python drpo.py eval")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,278 @@
+"""The detour lock over H, beta, lambda, count bonus, labelled pairs and other locks: tables without verdicts.
+
+    python toy_env.py --full [--seeds 100 101 ...] [--out DIR]       the sweep on ten seeds: half an hour on two cores
+    python -m tools.toy_sweep --tune [--seeds 0 1] [--out DIR]       PPO's own grid, on seeds that are not reported
+
+Writes DIR/sweep.json, sweep.md, growth.png, pairs.png and beta_lambda.png; with --tune DIR/tuning.json and tuning.md. Each run
+is appended to DIR/sweep.jsonl when it is done, and the same command resumes with the runs that are missing there.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import drpo
+import toy_env
+
+PARTS = {  # title and further columns of each part's table
+    "growth": ("Growth with H", ["mixture"]),
+    "beta": ("Share of resets, H = 20", []),
+    "beta_lambda": ("beta against the KL coefficient lambda, within 300k episodes, H = 20", []),
+    "bonus": ("PPO with a count bonus, by its coefficient, H = 20", []),
+    "resets": ("What DR-PO is reset to, H = 20", []),
+    "pairs": ("Reward error: DR-PO with few labelled pairs, H = 20", ["hacked_learned", "hacked_true", "best_learned"]),
+    "locks": ("Locks on which PPO keeps more of its coverage, H = 20", []),
+    "uniform": ("PPO from a uniform policy on the plain lock, true reward", []),
+    "tune": ("PPO's own grid, H = 20", []),
+}
+COLOURS = {
+    **toy_env.COLOURS,
+    "PPO, count bonus": "#CC79A7",
+    "DR-PO with RLOO": "#56B4E9",
+    "DR-PO with NPG (Algorithm 3)": "#009E73",
+}
+TABULAR = ("DPO", "fitted Q on the learned reward")
+GROWTH = ("PPO", "PPO, tuned", "PPO, count bonus", "DR-PO", "DR-PO with RLOO", "DR-PO with NPG (Algorithm 3)", *TABULAR)
+BETAS, LAMBDAS = (0.1, 0.25, 0.5, 1.0), (0.0, 0.001, 0.01, 0.03, 0.1, 0.3)  # of the heat map
+
+
+def plain_lock(H, A, keep, seed):
+    """The chain alone: a wrong action ends the episode. The behaviour policy is right with probability `keep`. -> Lock"""
+    good, h = torch.randint(A, (H,), generator=drpo.generator(seed, "lock")), torch.arange(H)
+    transition, reward = torch.eye(3)[toy_env.END].repeat(H, 3, A, 1), torch.zeros(H, 3, A)
+    transition[h[:-1], toy_env.CHAIN, good[:-1]] = torch.eye(3)[toy_env.CHAIN]
+    reward[-1, toy_env.CHAIN, good[-1]] = 1.0
+    behaviour = torch.full((H, 3, A), 1 / A)
+    behaviour[:, toy_env.CHAIN] = (1 - keep) / (A - 1)
+    behaviour[h, toy_env.CHAIN, good] = keep
+    return toy_env.Lock(transition, reward, behaviour)
+
+
+@functools.lru_cache(maxsize=1)
+def plain_problem(seed, H, A, keep):
+    """As `toy_env.problem`, for the plain lock. With keep = 1 / A the SFT policy is uniform and the reward the true one."""
+    lock = plain_lock(H, A, keep, seed)
+    data = toy_env.collect(lock, lock.behaviour, 100_000, drpo.generator(seed, "data"))
+    if keep == 1 / A:
+        return lock, data, None, lock.behaviour, lock.reward
+    pairs = toy_env.label(lock, data, drpo.generator(seed, "labels"))
+    return lock, data, pairs, toy_env.clone(data, A), toy_env.fit_reward(data, pairs, A)
+
+
+def reward_error(seed, H, pairs):
+    """-> learned and true return of the best policy for the learned reward, and learned return of the truly best policy."""
+    lock, _, _, _, reward = toy_env.problem(seed, H, pairs=pairs)
+    hacked, best = [F.one_hot(toy_env.q_values(lock, r)[0].argmax(-1), 10).float() for r in (reward, lock.reward)]
+    values = [toy_env.q_values(lock, r, policy)[1] for r, policy in ((reward, hacked), (lock.reward, hacked), (reward, best))]
+    return dict(zip(("hacked_learned", "hacked_true", "best_learned"), values))
+
+
+def execute(run):
+    """A run of the plan -> its result as JSON, without the curve."""
+    settings = {key: value for key, value in run.items() if key not in ("part", "name", "plain")}
+    if "plain" in run:
+        settings["tables"] = plain_problem(run["seed"], run["H"], **run["plain"])
+    result = toy_env.learn(**settings)
+    result.pop("curve", None)
+    return result | (reward_error(run["seed"], run["H"], run["pairs"]) if run["part"] == "pairs" else {})
+
+
+def plan(seeds):
+    """The runs of the sweep: dicts of part, name (a line of the part's table), seed, and settings of `toy_env.learn`."""
+    runs = []
+
+    def add(part, name, seeds=seeds, **settings):
+        runs.extend({"part": part, "name": name, "seed": seed, "H": 20, **settings} for seed in seeds)
+
+    for row, H in itertools.product(GROWTH, (40, 30, 20, 10)):  # the longest first
+        settings = {**toy_env.ROWS[row], "H": H, "budget": 1_200_000, "run_on": "NPG" in row}
+        add("growth", f"{row}, H = {H}", **settings)
+    for beta in (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
+        add("beta", f"beta = {beta}", beta=beta, budget=3_000_000)
+    for beta, kl_coef in itertools.product(BETAS, LAMBDAS):
+        add("beta_lambda", f"beta = {beta}, lambda = {kl_coef}", seeds[:3], beta=beta, kl_coef=kl_coef, budget=300_000)
+    for bonus in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0):
+        add("bonus", f"coefficient {bonus}", seeds[:3], beta=0.0, bonus=bonus, budget=1_000_000)
+    for reset_to, name in (
+        ("half", "first half of the data"),
+        ("chain", "data without the corridor"),
+        ("30", "30 trajectories"),
+    ):
+        add("resets", name, beta=0.5, reset_to=reset_to, budget=1_000_000)
+    for pairs in (1000, 2000, 5000, 10_000, 50_000):
+        add("pairs", f"{pairs} pairs", beta=0.5, pairs=pairs, budget=400_000, run_on=True)
+    for name, beta in (("PPO", 0.0), ("DR-PO", 0.5)):
+        for c in (0.0, 0.5, 1.0, 4.0):
+            add("locks", f"{name}, corridor costs c = {c}", seeds[:3], beta=beta, c=c, budget=1_000_000)
+        for keep in (0.95, 0.9):  # 1 - 1/H, 1 - 2/H
+            add(
+                "locks",
+                f"{name}, plain lock, data right {keep:.0%}",
+                beta=beta,
+                plain={"A": 10, "keep": keep},
+                budget=1_000_000,
+            )
+    for A, H in [(2, H) for H in (12, 14, 16, 18)] + [(5, H) for H in (6, 7, 8, 9)]:
+        plain = {"A": A, "keep": 1 / A}
+        add("uniform", f"A = {A}, H = {H}", H=H, beta=0.0, entropy=0.2, plain=plain, budget=6_000_000)
+    return runs
+
+
+def grid(seeds):
+    """The runs of --tune: PPO at H = 20."""
+    return [
+        {"part": "tune", "name": str(settings), "seed": seed, "beta": 0.0, "budget": 1_000_000, **settings}
+        for batch, kl_coef, (whiten, entropy) in itertools.product(
+            (512, 1024, 4096), (0.0, 0.001, 0.01), [(False, e) for e in (0.0, 1.0, 3.0, 10.0)] + [(True, e) for e in (2.0, 8.0)]
+        )
+        for settings in [{"batch": batch, "kl_coef": kl_coef, "entropy": entropy, "whiten": whiten}]
+        for seed in seeds
+    ]
+
+
+def in_parallel(function, tasks):
+    """Yields function(task), in the order of the tasks: a process per core, a thread each."""
+    with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count()), torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap(function, tasks)
+
+
+def carry_out(runs, path, imap=in_parallel):
+    """The runs with their results. Each is appended to `path` when done; what the same code left there is not done again."""
+    code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (toy_env, drpo))).hexdigest()[:16]
+    done, text = {}, path.read_text() if path.exists() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):  # a line that was cut off
+            record = json.loads(line)
+            if record["code"] == code:
+                done[json.dumps(record["run"])] = record["result"]
+    missing = [run for run in runs if json.dumps(run) not in done]
+    with open(path, "a") as file:
+        file.write("\n" if text and not text.endswith("\n") else "")
+        for run, result in tqdm(zip(missing, imap(execute, missing)), total=len(missing), unit="run", disable=None):
+            file.write(json.dumps({"code": code, "run": run, "result": result}) + "\n")
+            file.flush()
+            done[json.dumps(run)] = result
+    return [{**run, **done[json.dumps(run)]} for run in runs]
+
+
+def by_name(results, part):
+    """{name: its runs}, of one part."""
+    names = dict.fromkeys(run["name"] for run in results if run["part"] == part)
+    return {name: [run for run in results if (run["part"], run["name"]) == (part, name)] for name in names}
+
+
+def table(lines, extra=()):
+    """{name: its runs} -> a markdown table: solved seeds, median and range of the episodes, and means over the seeds."""
+    rows = [["", "solved", "median", "episodes", "value", *extra], ["---"] * (5 + len(extra))]
+    for name, runs in lines.items():
+        solved, episodes, _ = toy_env.summary(runs)
+        typical = median(math.inf if run["solved"] is None else run["solved"] for run in runs)
+        means = [f"{mean(run[key] for run in runs):.2f}" if key in runs[0] else "-" for key in ("value", *extra)]
+        rows.append([name, solved, "-" if math.isinf(typical) else f"{typical / 1000:.0f}k", episodes, *means])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def draw_growth(results, path):
+    """Episodes until solved against H: a dot per seed, hollow at the end of the budget where it was not solved."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    for place, row in enumerate(row for row in GROWTH if row not in TABULAR):
+        for run in [run for run in results if run["part"] == "growth" and run["name"].startswith(f"{row}, H")]:
+            x, y, face = run["H"] + place - 2.5, run["solved"] or run["budget"], COLOURS[row] if run["solved"] else "white"
+            ax.plot(x, y, "o", color=COLOURS[row], mfc=face, ms=4)
+        ax.plot([], [], "o", color=COLOURS[row], label=row)
+    ax.plot([], [], "o", color="grey", mfc="white", label="not solved within the budget")
+    ax.set(xlabel="H", ylabel="episodes until solved", yscale="log", xticks=(10, 20, 30, 40))
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_pairs(results, path):
+    """Returns against the number of labelled pairs, means over seeds."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    lines = by_name(results, "pairs")
+    for key, label, style in (
+        ("hacked_learned", "best policy for the learned reward: learned return", "C1--"),
+        ("hacked_true", "best policy for the learned reward: true return", "C1-"),
+        ("best_learned", "best policy: learned return", "C7--"),
+        ("value", "DR-PO: true return", "C0-"),
+    ):
+        x = [runs[0]["pairs"] for runs in lines.values()]
+        ax.plot(x, [mean(run[key] for run in runs) for runs in lines.values()], style, marker="o", label=label)
+    ax.set(xlabel="labelled pairs", ylabel="return (best: 1)", xscale="log")
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def draw_beta_lambda(results, path):
+    """The share of seeds solved within the budget, by beta and lambda."""
+    lines = by_name(results, "beta_lambda")
+    share = {name: mean(run["solved"] is not None for run in runs) for name, runs in lines.items()}
+    table = torch.tensor(list(share.values())).view(len(BETAS), len(LAMBDAS))
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    ax = figure.subplots()
+    ax.imshow(table, vmin=0, vmax=1, origin="lower", cmap="cividis", aspect="auto")
+    for (y, x), value in zip(itertools.product(range(len(BETAS)), range(len(LAMBDAS))), share.values()):
+        ax.text(x, y, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.5 else "black")
+    ax.set(xlabel="KL coefficient", ylabel="beta", title="Seeds solved within 300k episodes")
+    ax.set_xticks(range(len(LAMBDAS)), LAMBDAS)
+    ax.set_yticks(range(len(BETAS)), BETAS)
+    figure.savefig(path, dpi=150)
+
+
+def write(results, out, name):
+    """DIR/name.json and DIR/name.md: the results, and a table per part."""
+    (out / f"{name}.json").write_text("[" + ",\n".join(map(json.dumps, results)) + "]\n")
+    titles = [part for part in PARTS if by_name(results, part)]
+    (out / f"{name}.md").write_text(
+        "\n".join(f"## {PARTS[part][0]}\n\n{table(by_name(results, part), PARTS[part][1])}" for part in titles)
+    )
+
+
+def sweep(seeds, out):
+    """The whole sweep on these seeds -> exit status 0. Everything goes to the folder `out`."""
+    results = carry_out(plan(list(seeds)), out / "sweep.jsonl")
+    write(results, out, "sweep")
+    for draw, name in ((draw_growth, "growth"), (draw_pairs, "pairs"), (draw_beta_lambda, "beta_lambda")):
+        draw(results, out / f"{name}.png")
+    print((out / "sweep.md").read_text())
+    return 0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tools.toy_sweep", description="The sweep of the detour lock.")
+    parser.add_argument("--tune", action="store_true", help="PPO's own grid instead of the sweep")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 100 ... 109; --tune: 0 1")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for the results (default: %(default)s)")
+    parser.error = lambda message: parser.exit(2, f"toy_sweep.py: {message}\n")
+    args = parser.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: cannot be written to: {error.strerror}")
+    if not args.tune:
+        return sweep(args.seeds or range(100, 110), args.out)
+    results = carry_out(grid(args.seeds or [0, 1]), args.out / "tuning.jsonl")
+    lines = by_name(results, "tune")
+    score = {name: (sum(r["solved"] is not None for r in runs), mean(r["value"] for r in runs)) for name, runs in lines.items()}
+    write(sorted(results, key=lambda run: score[run["name"]], reverse=True), args.out, "tuning")
+    print((args.out / "tuning.md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
