@@ -29,7 +29,6 @@ no token sees the padding and no mask is needed. Response step t is decided from
     advantages                      0   0   A   A   A   0        `gae`, whitened over the mask
 
 Differences from the paper (P) and the official code (C, github.com/Cornell-RL/drpo). N+ is arXiv 2403.17031.
-
     1  One mask in every term: the sampled tokens up to EOS, as Alg. 1 stores. C masks the prefix only in the policy loss.
     2  A prefix has 1..n tokens, n without EOS, as in C. `--reset_include_prompt` draws 0..n, as in P, Alg. 3.
     3  The prefix is fed with the prompt, which saves decoding steps. C forces it token by token: the same distribution.
@@ -77,14 +76,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 BLOCKS = {"seed": "data", "sft_steps": "sft", "rm_model": "rm", "updates": "po", "batch_size": "rl", "dpo_beta": "dpo"}
 USES = {"sft": ["data", "sft"], "rm": ["data", "sft", "rm"], "dpo": ["data", "sft", "po", "dpo"]}
 USES["ppo"] = USES["drpo"] = ["data", "sft", "rm", "po", "rl"]
-HELD_OUT = ("validation", "valid", "test", "valid1")  # splits, the first that there is
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
 TLDR_PAIRS = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
 
 
 def setting(default, help):
-    value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**value, metadata={"help": help})
+    kind = {"default_factory": list} if default == [] else {"default": default}
+    return dataclasses.field(**kind, metadata={"help": help})
 
 
 @dataclasses.dataclass
@@ -147,13 +145,13 @@ class Settings:
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         most = dict.fromkeys("beta lam gamma cliprange lr sft_lr rm_lr dpo_lr".split(), 1)
         least = dict.fromkeys("seed sft_steps rm_steps updates lora_r supervised_lora_r".split(), 0)
-        least |= {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6, "response_length": 2}
+        least |= {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6, "response_length": 2, "group": 2}
         for name, value in vars(self).items():
             low, high = least.get(name, int(type(value) is int)), most.get(name, 10**6)
             if type(value) in (int, float) and not low <= value <= high:
                 stop(f"--{name} {value}: must lie in [{low}, {high}]")
-        if self.advantages == "rloo" and (self.group < 2 or self.batch_size % self.group):
-            stop(f"--group {self.group}: must be 2 or more and divide --batch_size {self.batch_size}")
+        if self.advantages == "rloo" and self.batch_size % self.group:
+            stop(f"--group {self.group}: must divide --batch_size {self.batch_size}")
 
 
 # fmt: off
@@ -179,6 +177,15 @@ def stop(message, status=2):
     raise SystemExit(status)
 
 
+@contextlib.contextmanager
+def blame(what):
+    """Whatever a library raises inside, of bad input, becomes one line that begins with `what`, and status 2."""
+    try:
+        yield
+    except Exception as error:  # `datasets` alone has some twenty types of them
+        stop(f"{what}: {type(error).__name__}: {error.__cause__ or error}")
+
+
 def generator(seed, *key):
     """A CPU generator that depends on seed and key alone, so that a resumed run draws what it would have drawn."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
@@ -186,8 +193,8 @@ def generator(seed, *key):
 
 
 def world():
-    """-> (rank of this process, number of processes). Under torchrun each process holds all rows and weights and computes its
-    share of the micro-batches; results and gradients are summed, so that every process continues as one alone would."""
+    """-> (rank, number of processes). Under torchrun each process holds all rows and weights and computes its share of the
+    micro-batches; results and gradients are summed, so that every process continues as one alone would."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
@@ -205,32 +212,26 @@ def summed(x):
 def resolve(name, **offered):
     """`module:function` -> the function, with those of the offered arguments bound that it takes. None for any other name."""
     module, _, function = name.partition(":")
-    if Path(name).exists() or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+    if Path(name).exists() or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) or not importlib.util.find_spec(module):
         return None
-    try:
-        if importlib.util.find_spec(module) is None:
-            return None
-        function = getattr(importlib.import_module(module), function)
-        taken = inspect.signature(function).parameters
-    except (ImportError, AttributeError, TypeError) as error:
-        return stop(f"{name}: {error}")
-    return functools.partial(function, **{key: value for key, value in offered.items() if key in taken})
+    function = getattr(importlib.import_module(module), function)
+    return functools.partial(function, **{k: offered[k] for k in inspect.signature(function).parameters if k in offered})
 
 
 def read_row(row):
     """A row of any known layout, told by its columns -> its texts prompt, reference, chosen, rejected, and its batch."""
-    info = row.get("info") or row
-    if info.keys() >= {"subreddit", "title", "post"} and "prompt" not in row:  # openai, vwxyzjn, cleanrl
-        row = {**row, "prompt": f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"}
+    info, row = row.get("info") or row, dict(row)
     if info.get("article"):  # CNN/DM, in abisee/cnn_dailymail and among openai's pairs
-        row = {**row, "prompt": f"Article:\n{info['article']}\n\nTL;DR:"}
+        row["prompt"] = f"Article:\n{info['article']}\n\nTL;DR:"
+    elif info.keys() >= {"subreddit", "title", "post"} and "prompt" not in row:  # openai, vwxyzjn, cleanrl
+        row["prompt"] = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
     if "summaries" in row:  # openai/summarize_from_feedback
         texts = [summary["text"] for summary in row["summaries"]]
-        row = {**row, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
+        row |= {"chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
     a, b, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt", row.get("query"))
     if isinstance(a, str) and isinstance(b, str) and prompt is None:  # Anthropic/hh-rlhf: two dialogues
         (prompt, mark, a), (other, _, b) = a.rpartition("\n\nAssistant:"), b.rpartition("\n\nAssistant:")
-        prompt = prompt + mark if prompt == other else ""  # dropped
+        prompt = prompt + mark if prompt == other else ""  # to be dropped
     elif str(a).startswith("TL;DR:") and str(b).startswith("TL;DR:"):  # CarperAI/openai_summarize_comparisons
         prompt, a, b = f"{prompt}\nTL;DR:", a.removeprefix("TL;DR:"), b.removeprefix("TL;DR:")
     names = "reference completion label response reference_response summary highlights".split()  # trl-lib, Dahoas, ...
@@ -244,44 +245,39 @@ def read_source(source, seed):
     path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
     if path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
         with (gzip.open if source.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            if kind == "json":
-                rows = json.load(file)
-            else:
-                rows = csv.DictReader(file) if kind == "csv" else [json.loads(line) for line in file if line.strip()]
+            rows = json.load(file) if kind == "json" else csv.DictReader(file) if kind == "csv" else map(json.loads, file)
             splits = {"train": list(rows["data"] if isinstance(rows, dict) else rows)}
     else:
         from datasets import load_dataset, load_from_disk
 
         if path.is_file():
             splits = load_dataset(kind, data_files=source)
-        elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):  # what save_to_disk wrote
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # what save_to_disk wrote
             splits = load_from_disk(source)
         else:
             splits = load_dataset(source) if path.exists() else load_dataset(*source.split(":"))
         splits = splits if isinstance(splits, dict) else {"train": splits}
-    train, *held_out = [[read_row(row) for row in splits[k]] for k in ("train", *HELD_OUT) if k == "train" or k in splits]
+    train = [read_row(row) for row in splits["train"]]
+    if found := [name for name in ("validation", "valid", "test", "valid1") if name in splits]:
+        return train, [read_row(row) for row in splits[found[0]]]
     prompts = sorted({str(row["prompt"]) for row in train})
     order = torch.randperm(len(prompts), generator=generator(seed, "held out")).tolist()
     out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
-    parts = [[row for row in train if (str(row["prompt"]) in out) == side] for side in (False, True)]
-    return (train, held_out[0]) if held_out else parts
+    return [[row for row in train if (str(row["prompt"]) in out) == side] for side in (False, True)]
 
 
 @functools.lru_cache
 def load_rows(source, kind, seed):
-    """-> (training rows, held-out rows), texts prompt and reference (kind "reference"; of pairs, the chosen response), or prompt,
-    chosen, rejected and batch ("pairs"). Rows that teach nothing (a text is empty, chosen = rejected) are dropped, counted."""
-    try:
+    """-> (training rows, held-out rows), texts prompt and reference (kind "reference"; of pairs, the chosen response), or
+    prompt, chosen, rejected and batch ("pairs"). Rows that teach nothing (a text is empty, chosen = rejected) are dropped."""
+    fields, result = ["prompt", "reference"] if kind == "reference" else ["prompt", "chosen", "rejected"], []
+    with blame(f"{source}: cannot be read"):
         made = [resolve(source, split=split, seed=seed) for split in ("train", "validation")]
         splits = [[read_row(row) for row in rows()] for rows in made] if made[0] else read_source(source, seed)
-    except Exception as error:  # `datasets` alone has some twenty types of them
-        stop(f"{source}: cannot be read: {type(error).__name__}: {error.__cause__ or error}")
-    fields, result = ["prompt", "reference"] if kind == "reference" else ["prompt", "chosen", "rejected"], []
     for part, rows in zip(("training", "held-out"), splits):
-        for number, row in enumerate(rows):
-            if wrong := [name for name in fields if not isinstance(row[name], str)]:
-                found = "a list: write messages out as text" if isinstance(row[wrong[0]], list) else row[wrong[0]]
-                stop(f"{source}: {part} row {number}: {wrong[0]} must be text, not {found}; a row needs {', '.join(fields)}")
+        for number, name in [(i, name) for i, row in enumerate(rows) for name in fields if not isinstance(row[name], str)][:1]:
+            found = str(rows[number][name])[:40] + " (write messages out as text)" * isinstance(rows[number][name], list)
+            stop(f"{source}: {part} row {number}: {name} must be text, not {found}; a row needs {', '.join(fields)}")
         texts = [{name: row[name].removesuffix("<|endoftext|>").strip() for name in fields} for row in rows]
         kept = [x | {"batch": row["batch"]} for x, row in zip(texts, rows) if len(set(x.values()) - {""}) == len(fields)]
         if len(kept) < len(rows):
@@ -312,14 +308,13 @@ def encode_response(text, tokenizer, length):
 
 
 def collate(queries, responses, T, device):
-    """Lists of ids -> a batch of rows query + response, padded on the right with token 0, which nothing reads.
-
+    """Lists of ids -> a batch of rows query + response, padded on the right with token 0, which nothing reads:
     {ids (B, L), response (B, T), query_len (B,), response_len (B,)}, all long, L the longest row."""
     rows = [query + response for query, response in zip(queries, responses)]
+    lengths = {"query_len": list(map(len, queries)), "response_len": list(map(len, responses))}
     padded = {"ids": (rows, max(map(len, rows))), "response": (responses, T)}
-    batch = {name: torch.tensor([x + [0] * (width - len(x)) for x in lists]) for name, (lists, width) in padded.items()}
-    batch |= {name: torch.tensor(list(map(len, x))) for name, x in (("query_len", queries), ("response_len", responses))}
-    return {name: x.to(device) for name, x in batch.items()}
+    lists = lengths | {name: [x + [0] * (width - len(x)) for x in ids] for name, (ids, width) in padded.items()}
+    return {name: torch.tensor(values, device=device) for name, values in lists.items()}
 
 
 def encode(rows, fields, s, tokenizer, T):
@@ -345,11 +340,6 @@ def draw(rows, size, update, seed, stream):
     return [rows[order(i // len(rows))[i % len(rows)]] for i in range(update * size, (update + 1) * size)]
 
 
-def sampled(rows, size, seed, stream):
-    """At most `size` rows, drawn without replacement from all of them."""
-    return draw(rows, min(size, len(rows)), 0, seed, stream)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Models. Four roles from two frozen networks:    policy = SFT network + LoRA           reference = adapter off
 #                                                    critic = RM network + LoRA + head     reward    = adapter off, own head
@@ -359,16 +349,11 @@ def sampled(rows, size, seed, stream):
 
 def load(loader, name, s, **kwargs):
     """loader.from_pretrained of a Hub name or a folder, or the result of a module:function. A model's own code is never run."""
-    if function := resolve(name, seed=s.seed):
-        return function()
-    if Path(name, "adapter_config.json").exists():
-        stop(f"{name}: is a LoRA adapter; name the folder of the merged network, such as {Path(name).resolve().parent}")
-    if not Path(name).exists() and (name.startswith(("/", ".")) or name.count("/") > 1):
-        stop(f"{name}: no such folder")
-    try:
-        return loader.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except Exception as error:  # every way in which a name can be wrong
-        return stop(f"{name}: cannot be loaded: {error}")
+    with blame(f"{name}: cannot be loaded"):
+        if Path(name, "adapter_config.json").exists():
+            raise ValueError(f"a LoRA adapter; name the folder of the merged network, such as {Path(name).resolve().parent}")
+        function = resolve(name, seed=s.seed)
+        return function() if function else loader.from_pretrained(name, trust_remote_code=False, **kwargs)
 
 
 def load_tokenizer(name, s):
@@ -432,7 +417,7 @@ def twin(network, s, role):
 
 def load_reward(folder, s, trained=False):
     """-> (backbone, head). On disk an AutoModelForSequenceClassification; score = its logit - config.reward_bias."""
-    model = load_network(folder, s, AutoModelForSequenceClassification, trained)
+    model = load_network(str(folder), s, AutoModelForSequenceClassification, trained)
     if not hasattr(model.config, "reward_bias"):
         stop(f"{folder}: is not a reward model; make one with: python drpo.py rm")
     return model.base_model, scalar_head(model.score.weight, -model.config.reward_bias)
@@ -480,15 +465,13 @@ def on_mask(mask, x):
 
 def response_logprobs(network, batch, mask, temperature=1.0):
     """-> ln pi(a_t | s_t) and, while gradients are off, the entropy of pi(. | s_t): (B, T) float32, 0 outside the mask.
-
     Logits exist for the masked steps of one micro-batch only: 8 x 53 x 50k floats are 85 MB."""
     body, head = body_and_head(network)
     logits = logits_of(head, states_before(body, batch, mask), temperature)
     logprobs = on_mask(mask, -F.cross_entropy(logits, batch["response"][mask], reduction="none"))
     if torch.is_grad_enabled():
         return logprobs, None
-    log_p = logits.log_softmax(-1)
-    return logprobs, on_mask(mask, -(log_p.exp() * log_p).sum(-1))
+    return logprobs, on_mask(mask, torch.distributions.Categorical(logits=logits).entropy())
 
 
 def sequence_logprobs(network, batch, temperature=1.0):
@@ -520,7 +503,6 @@ def bradley_terry_loss(chosen_scores, rejected_scores):
 
 def sample_reset_lengths(reference_lengths, beta, generator, include_zero=False):
     """Alg. 1, line 3: how many tokens of its reference each rollout starts with. (B,) long -> (B,) long.
-
     A row is reset with probability beta. A reset row's prefix is uniform on 1..n, n its reference's length without EOS
     (as RollinProcessor in C; with `include_zero` on 0..n, as Alg. 3). An empty reference gives 0."""
     n = reference_lengths.cpu()
@@ -554,7 +536,6 @@ def penalised_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 def gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16); the value after the last token in the mask is 0.
-
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t.
     (B, T) each -> advantages, returns, both 0 outside the mask."""
     mask = mask.bool()
@@ -583,7 +564,6 @@ def log_ratio(logprobs, old_logprobs, mask):
 
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
     """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated: mean of max(-A rho, -A clip(rho, 1-eps, 1+eps)).
-
     (B, T) each -> (loss, clipfrac), scalars; clipfrac is the share of masked tokens whose clipped term is the larger one."""
     ratio = log_ratio(logprobs, old_logprobs, mask).exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
@@ -615,8 +595,7 @@ def token_mask(reset_len, response_len, T):
 
 
 def next_states(body, tokens, mask, cache):
-    """The states (n, d) after the last of `tokens`: (n, Q) prompts at first, then (n, 1). The mask (n, tokens so far) is 0 on the
-    padding, which is on the left."""
+    """States (n, d) after the last of `tokens`, (n, Q) prompts, then (n, 1). mask (n, tokens so far): 0 on left padding."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     given = {"input_ids": tokens, "attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
     return body(**given, use_cache=True).last_hidden_state[:, -1]
@@ -625,7 +604,6 @@ def next_states(body, tokens, mask, cache):
 @torch.no_grad()
 def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
     """Alg. 1, line 4: reset to query + prefix, then let the policy finish. -> B lists of at most T ids, prefix included.
-
     The prefix is fed with the query, so only the rest is decoded. Token t of row i is the inverse of the policy's cumulative
     distribution at uniforms[i, t] in [0, 1): the same token whichever rows are decoded beside it, and paired samples across
     methods. queries, prefixes: B lists of ids; uniforms (B, T)."""
@@ -660,7 +638,6 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
 
 def reset_rollouts(roles, rows, update, tokenizer, s):
     """Alg. 1, lines 3 and 4: the rollouts of one update -> a batch as of `collate` with reset_len (B,) and has_eos (B,).
-
     Rows, resets and uniforms depend on seed and update number alone. With RLOO, `group` rollouts share their start."""
     K, T, rng = s.group if s.advantages == "rloo" else 1, s.response_length, generator(s.seed, "rollout", update)
     episodes, eos = draw(rows, s.batch_size // K, update, s.seed, "rl"), tokenizer.eos_token_id
@@ -693,8 +670,7 @@ def sample(network, rows, s, tokenizer, temperature):
 
 
 def precision(s):
-    """Autocast for everything done with networks: matrix products in s.dtype. Log-softmax, losses, values, scores, trained
-    weights and optimizer state are float32."""
+    """Autocast: matrix products are in s.dtype; log-softmax, losses, values, scores, trained weights, AdamW's state float32."""
     return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
 
 
@@ -705,7 +681,6 @@ def make_optimizer(modules, lr):
 
 def training(stage, updates, lr, modules, s):
     """Yields (update, optimizer, metrics) for each update still to do; what the body puts into `metrics` is logged.
-
     The learning rate falls linearly from lr to lr / updates. A checkpoint is trained weights, optimizer state and a number: all
     draws depend on seed and update number, so resuming is exact to the bit on a CPU. SIGTERM, SIGINT and SIGHUP let the update
     end, save, and exit with status 0."""
@@ -713,14 +688,12 @@ def training(stage, updates, lr, modules, s):
     optimizer, folder, done, is_first = make_optimizer(modules, lr), Path(s.run_dir) / stage, 0, world()[0] == 0
     checkpoint, log = folder / "checkpoint.pt", folder / "metrics.jsonl"
     if checkpoint.exists():
-        try:
+        with blame(f"{checkpoint}: cannot be read; delete it to train {stage} from the start"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
             for name, p in params.items():
                 p.data.copy_(saved["params"][name])
             optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(saved["moments"]))})
             done = saved["update"]
-        except Exception as error:  # whatever a damaged file gives
-            stop(f"{checkpoint}: cannot be read ({error}); delete it to train {stage} from the start")
         print(f"{stage}: resumes after update {done}")
     if is_first:
         log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if log.exists() else "")
@@ -738,7 +711,7 @@ def training(stage, updates, lr, modules, s):
             if is_first:
                 with log.open("a") as file:
                     file.write(json.dumps(metrics) + "\n")
-            if is_first and ((update + 1) % s.save_every == 0 or update + 1 == updates or stopping):
+            if (update + 1) % s.save_every == 0 or update + 1 == updates or stopping:
                 moments = [{k: x.cpu() for k, x in optimizer.state[p].items()} for p in params.values()]
                 weights = {name: p.detach().cpu() for name, p in params.items()}
                 save_whole({"params": weights, "moments": moments, "update": update + 1}, checkpoint)
@@ -751,11 +724,12 @@ def training(stage, updates, lr, modules, s):
 
 def save_whole(value, path):
     """Written beside, flushed, renamed: whenever the process dies, the file is the old one or the new one."""
-    with path.with_suffix(".new").open("wb") as file:
-        torch.save(value, file) if path.suffix == ".pt" else file.write(json.dumps(value, indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    path.with_suffix(".new").replace(path)
+    if world()[0] == 0:
+        with path.with_suffix(".new").open("wb") as file:
+            torch.save(value, file) if path.suffix == ".pt" else file.write(json.dumps(value, indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        path.with_suffix(".new").replace(path)
 
 
 def step(optimizer, s, where, batch):
@@ -768,7 +742,7 @@ def step(optimizer, s, where, batch):
     if not torch.isfinite(norm):
         path = Path(s.run_dir) / where.split()[0] / "bad_batch.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({name: x.cpu() for name, x in batch.items()}, path)
+        save_whole({name: x.cpu() for name, x in batch.items()}, path)
         bad = [name for name, x in batch.items() if x.is_floating_point() and not x.isfinite().all()]
         stop(f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}", 3)
     optimizer.step()
@@ -781,22 +755,21 @@ def step(optimizer, s, where, batch):
 
 
 def fit(stage, rows, fields, T, modules, loss_of, updates, lr, size, s, tokenizer):
-    """SFT, the reward model and DPO: AdamW on the mean of loss_of(batch) -> (loss, margins), a mean over the tokens of rows, or
-    over the pairs if there are two fields. modules: {name: trained module}; updates: 0 is one epoch."""
-    pairs = len(fields) == 2
+    """SFT, reward model, DPO: the mean over tokens of rows, or over pairs (two fields), of loss_of(batch) -> (loss, margins).
+    modules: {name: what is trained}; updates: 0 is one epoch."""
 
-    def weight(batch):  # tokens but for each row's first, or pairs
-        return len(batch["ids"]) / 2 if pairs else (batch["query_len"] + batch["response_len"] - 1).sum()
+    def weight(batch):  # pairs, or tokens but for each row's first
+        return len(batch["ids"]) / 2 if len(fields) == 2 else (batch["query_len"] + batch["response_len"] - 1).sum()
 
     for update, optimizer, metrics in training(stage, updates or max(1, len(rows) // size), lr, nn.ModuleDict(modules), s):
         batch = encode(draw(rows, size, update, s.seed, stage), fields, s, tokenizer, T)
-        total = torch.zeros(2, device=s.device)  # loss, share of pairs in the right order
-        for _, part in micro_batches(batch, s.micro_batch, pairs):
+        total = torch.zeros(len(fields), device=s.device)  # loss; of pairs, also the share in the right order
+        for _, part in micro_batches(batch, s.micro_batch, len(fields) == 2):
             loss, margins = loss_of(part)
             share = weight(part) / weight(batch)  # summed over micro-batches: the mean over the whole batch
             (loss * share).backward()
-            total += torch.stack([loss.detach(), (margins > 0).float().mean()]) * share
-        metrics |= dict(zip(("loss", "accuracy") if pairs else ("loss",), summed(total).tolist()))
+            total += torch.stack([loss.detach(), (margins > 0).float().mean()])[: len(fields)] * share
+        metrics |= dict(zip(("loss", "accuracy"), summed(total).tolist()))
         metrics["grad_norm"] = step(optimizer, s, f"{stage} update {update + 1}", batch)
 
 
@@ -804,8 +777,21 @@ def train_sft(s):
     """Supervised fine-tuning: cross-entropy over query and response, as in C's sft.py."""
     rows, held_out = load_rows(s.dataset, "reference", s.seed)
     tokenizer, network = load_tokenizer(s.tokenizer or s.model, s), load_network(s.model, s, trained=not s.supervised_lora_r)
-    check_model(network, tokenizer, s)
-    if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < network.config.vocab_size:
+    config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
+    rope, room = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", math.inf)
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond it, states depend on the longest row of a pass
+        room = rope.get("original_max_position_embeddings", room)
+    if longest > room or len(tokenizer) > config.vocab_size:
+        stop(
+    """SFT, reward model, DPO: the mean over tokens, or over pairs (two fields), of loss_of(batch) -> (loss, margins).
+            f"--tokenizer has {len(tokenizer)}"
+        )
+    if shutil.disk_usage(s.run_dir).free < sum(p.numel() for p in network.parameters()) * (4 if s.supervised_lora_r else 28):
+        stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
+    if s.lora_r:  # tried now, not after the supervised stages
+        with blame(f"--model {s.model}: cannot be trained with LoRA, only with --lora_r 0"):
+            add_lora(network, s.lora_r, s.seed, "trial").unload().requires_grad_(True)
+    if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < config.vocab_size:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     network.config.update(ends)
@@ -825,30 +811,11 @@ def train_sft(s):
     given = {"policy": network}, loss_of, s.sft_steps, s.sft_lr, s.sft_batch_size
     fit("sft", rows, ["reference"], s.response_length, *given, s, tokenizer)
     save_network(network, tokenizer, Path(s.run_dir) / "sft")
-
-    some = sampled(held_out, s.eval_samples, s.seed, "eval")
-    losses = per_row(lambda part: token_losses(part).sum(1), some, None, s, tokenizer).sum()
-    loss = losses / per_row(lambda part: part["query_len"] + part["response_len"] - 1, some, None, s, tokenizer).sum()
+    some = draw(held_out, min(s.eval_samples, len(held_out)), 0, s.seed, "eval")
+    losses = per_row(lambda part: token_losses(part).sum(1), some, None, s, tokenizer)
+    counts = per_row(lambda part: part["query_len"] + part["response_len"] - 1, some, None, s, tokenizer)
     texts = tokenizer.batch_decode(sample(network, some, s, tokenizer, s.eval_temperature), skip_special_tokens=True)
-    return {"held_out_loss": loss.item(), "rouge_l": mean(rouge(texts, some, "rougeL"))}  # nats per token
-
-
-def check_model(network, tokenizer, s):
-    """What later stages need of the model is tried before the first one trains."""
-    config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
-    rope, room = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", math.inf)
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond it, states depend on the longest row of a pass
-        room = rope.get("original_max_position_embeddings", room)
-    if longest > room or len(tokenizer) > config.vocab_size:
-        have = f"room for {room} and embeds {config.vocab_size} tokens"
-        stop(f"--model {s.model}: has {have}; rows may have {longest}, and --tokenizer has {len(tokenizer)}")
-    size, free = sum(p.numel() for p in network.parameters()), shutil.disk_usage(s.run_dir).free
-    if free < size * (4 if s.supervised_lora_r else 28):  # the model, and a checkpoint beside the one before it
-        stop(f"--run_dir {s.run_dir}: {free / 1e9:.1f} GB are free, too little for the checkpoints of SFT")
-    try:
-        add_lora(network, s.lora_r, s.seed, "check").unload().requires_grad_(not s.supervised_lora_r) if s.lora_r else None
-    except ValueError as error:
-        stop(f"--model {s.model}: peft cannot add LoRA to it ({error}); train all weights with --lora_r 0")
+    return {"held_out_loss": (losses.sum() / counts.sum()).item(), "rouge_l": mean(rouge(texts, some, "rougeL"))}
 
 
 def train_rm(s):
@@ -867,22 +834,21 @@ def train_rm(s):
 
     given = {"reward": backbone, "head": head}, loss_of, s.rm_steps, s.rm_lr, s.rm_batch_size
     fit("rm", rows, ["chosen", "rejected"], s.preference_length, *given, s, tokenizer)
-
     backbone = backbone.merge_and_unload() if s.supervised_lora_r else backbone
-    pairs, by_batch = sampled(held_out, 2000, s.seed, "rm held out"), {}
+    pairs, by_batch = draw(held_out, min(2000, len(held_out)), 0, s.seed, "rm held out"), {}
     batch, margins = encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length), torch.zeros(len(pairs))
     with torch.no_grad():
         for index, part in micro_batches(batch, s.micro_batch, pairs=True):
             margins[index.cpu()] = loss_of(part)[1].cpu()
-        references = sampled(load_rows(s.dataset, "reference", s.seed)[0], 2048, s.seed, "bias")
-        scores = per_row(lambda part: end_scores(backbone, head, part), references, None, s, tokenizer)
-    right = (summed(margins) > 0).tolist()
-    for hit, pair in zip(right, pairs):  # N+ detail 16: accuracy differs by labelling batch
-        by_batch.setdefault(pair["batch"] or "all", []).append(hit)
+    right, references = (summed(margins) > 0).tolist(), load_rows(s.dataset, "reference", s.seed)[0]
+    references = draw(references, min(2048, len(references)), 0, s.seed, "bias")
+    scores = per_row(lambda part: end_scores(backbone, head, part), references, None, s, tokenizer)
     model.score.weight.data.copy_(head.weight)
     model.config.reward_bias = scores.mean().item()  # N+ detail 15: references score 0 on average
     model.config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     save_network(model, tokenizer, Path(s.run_dir) / "rm")
+    for hit, pair in zip(right, pairs):  # N+ detail 16: accuracy differs by labelling batch
+        by_batch.setdefault(pair["batch"] or "all", []).append(hit)
     by_batch = {name: {"accuracy": mean(hits), "pairs": len(hits)} for name, hits in by_batch.items()}
     return {"accuracy": mean(right), "accuracy_ci95": wilson(right), "accuracy_by_batch": by_batch, "pairs": len(right)}
 
@@ -903,11 +869,11 @@ def train_dpo(s):
 
 
 def build_roles(sft_network, reward_model, s):
-    """SFT network, and (backbone, head) of the reward model -> roles. `reference` and `reward` are context managers that give
-    the frozen network. With RLOO there is no critic."""
-    policy, reference = twin(sft_network, s, "policy")
+    """SFT network, (backbone, head) of the reward model -> roles. `reference` and `reward` are context managers that give the
+    frozen network. With RLOO there is no critic."""
     backbone, reward_head = reward_model
-    roles = SimpleNamespace(policy=policy, reference=reference, reward_head=reward_head, critic=None, value_head=None)
+    roles = SimpleNamespace(reward_head=reward_head, critic=None, value_head=None)
+    roles.policy, roles.reference = twin(sft_network, s, "policy")
     roles.reward = lambda: contextlib.nullcontext(backbone)
     if s.advantages == "gae":  # the critic starts as the reward model, head and all
         roles.critic, roles.reward = twin(backbone, s, "critic")
@@ -922,13 +888,12 @@ def train_drpo(s, stage="drpo"):
     tokenizer, sft_network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
     roles = build_roles(sft_network, load_reward(f"{s.run_dir}/rm", s, trained=is_gae and not s.lora_r), s)
     with roles.reward() as network:  # self-check: the reward model sees the references as in training
-        some = sampled(references, 256, s.seed, "check")
+        some = draw(references, min(256, len(references)), 0, s.seed, "check")
         scores = per_row(lambda part: end_scores(network, roles.reward_head, part), some, None, s, tokenizer)
     error = scores.std(correction=0).item() / math.sqrt(len(some))
     tqdm.write(f"check: SFT references score {scores.mean():.2f} +- {error:.2f} (standard error); it should be 0")
     if not abs(scores.mean()) < 5 * error + (1e-4 if s.dtype == "float32" else 0.1):
         stop("the reward model does not see the references as it was trained on them", 3)
-
     modules = nn.ModuleDict({k: x for k in ("policy", "critic", "value_head") if (x := getattr(roles, k)) is not None})
     for update, optimizer, metrics in training(stage, s.updates or max(1, len(rows) // s.batch_size), s.lr, modules, s):
         metrics |= drpo_update(roles, optimizer, rows, update, tokenizer, s, f"{stage} update {update + 1}")
@@ -958,16 +923,16 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
             if is_gae:
                 values[i] = response_values(roles.critic, roles.value_head, part, mask[i])
         summed(of_steps), summed(scores)
-        kl, below = log_ratio(logprobs, ref_logprobs, mask), (scores[has_eos] < s.missing_eos_score).float().mean()
-        reset_share, n = (reset_len > 0).float().mean().item(), B if is_gae else B // s.group
+        kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (reset_len > 0).float().mean().item()
         if update == 0:  # self-checks; with the two flags a reset may be of no token
+            below, drift = (scores[has_eos] < s.missing_eos_score).float().mean(), kl.abs().max().item()
             tqdm.write(f"check: {reset_share:.2f} of the rollouts start from a reset; beta is {s.beta:g}")
-            tqdm.write(f"check: |ln pi - ln pi_SFT| is at most {kl.abs().max():.1e} before the first step; it should be 0")
+            tqdm.write(f"check: before the first step |ln pi - ln pi_SFT| is at most {drift:.1e}; it should be 0")
             tqdm.write(f"check: {below:.2f} of the ended responses score below --missing_eos_score {s.missing_eos_score:g}")
-            exact = not s.reset_include_prompt and s.reset_to != "sft"
-            if exact and abs(reset_share - s.beta) > 5 * math.sqrt(s.beta * (1 - s.beta) / n) + 1e-6:
+            spread = math.sqrt(s.beta * (1 - s.beta) / (B if is_gae else B // s.group))
+            if not s.reset_include_prompt and s.reset_to != "sft" and abs(reset_share - s.beta) > 5 * spread + 1e-6:
                 stop(f"{where}: resets do not happen as often as beta says", 3)
-            if not kl.abs().max() < tolerance:
+            if not drift < tolerance:
                 stop(f"{where}: the reference is not the SFT network that the policy starts from", 3)
         scores = torch.where(has_eos, scores, s.missing_eos_score)
         if is_gae:
@@ -980,6 +945,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     laps.append(lap(s))
 
     # Line 6: PPO, `epochs` steps on the whole batch
+    seen = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores, "advantages": advantages}
     new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
     for epoch in range(s.epochs):
         for i, part in micro_batches(batch, s.micro_batch):
@@ -994,8 +960,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         drift = log_ratio(summed(new_logprobs[epoch]), logprobs, mask).abs().max().item()
         if epoch == 0 and drift > tolerance:  # False for NaN, which `step` catches
             stop(f"{where}: the policy differs from the one that was scored by {drift:.1e} nats before any step", 3)
-        seen = batch | {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "advantages": advantages}
-        grad_norm = step(optimizer, s, where, seen | {"scores": scores})
+        grad_norm = step(optimizer, s, where, batch | seen)
     laps.append(lap(s))
 
     m = mask.expand(s.epochs, B, T)  # losses and ratios: means over the epochs
@@ -1051,7 +1016,7 @@ def rouge(texts, rows, kind):
         [[c.isascii() for c in x["reference"] if c.isalpha()] for x in rows],
     )
     scores = [scorer.score(row["reference"], text)[kind].fmeasure for text, row in zip(texts, rows)]
-    return [score if 2 * sum(ascii) > len(ascii) else None for score, ascii in zip(scores, letters)]
+    return [score if 2 * sum(known) > len(known) else None for score, known in zip(scores, letters)]
 
 
 def mean(values):
@@ -1062,9 +1027,9 @@ def mean(values):
 
 def wilson(wins, z=1.96):
     """Wins (1, 0, ties 0.5, None undecided) -> the 95 % interval [low, high] of their share; None if there are none."""
-    if (p := mean(wins)) is None:
+    p, n = mean(wins), sum(win is not None for win in wins)
+    if n == 0:
         return None
-    n = sum(win is not None for win in wins)
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
 
@@ -1080,9 +1045,10 @@ def find_judge(s):
 def evaluate(s):
     """-> samples.jsonl and report.json: win rate against the references, RM score, KL, ROUGE, length, EOS rate."""
     run, tokenizer, judge = Path(s.run_dir), load_tokenizer(f"{s.run_dir}/sft", s), find_judge(s)
-    rows = sampled(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s.seed, "eval")
-    sft, reward_model = load_network(f"{run}/sft", s), load_reward(f"{run}/rm", s)
-    judge_model = load_reward(str(judge), s) if isinstance(judge, Path) else None
+    rows = load_rows(s.dataset, "reference", s.seed)[1]
+    rows = draw(rows, min(s.eval_samples, len(rows)), 0, s.seed, "eval")
+    sft, reward_model = load_network(f"{run}/sft", s), load_reward(run / "rm", s)
+    judge_model = load_reward(judge, s) if isinstance(judge, Path) else None
 
     def measure(function, responses):
         return per_row(function, rows, responses, s, tokenizer)
@@ -1116,21 +1082,31 @@ def evaluate(s):
 
 
 def write_report(run, samples, settings, judge):
-    """Writes RUN/samples.jsonl and RUN/report.json, and prints a table."""
+    """Writes RUN/samples.jsonl and RUN/report.json, and prints a table; or has tools/report.py, if it is there, do so."""
     results = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/result.json")}
     report = {"methods": {}, "judge": judge, "prompts": len(samples), "settings": settings}
     report["seconds"] = {stage: results[stage].pop("seconds") for stage in USES if stage in results}
-    keys = ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")
-    print("method  win rate vs reference     RM score  KL to SFT   ROUGE-L    tokens  EOS rate")
+    lines = ["method  win rate vs reference     RM score  KL to SFT   ROUGE-L    tokens  EOS rate"]
     for name in [name for name in USES if name in samples[0]]:
         columns = {key: [row[name][key] for row in samples] for key in samples[0][name] if key != "response"}
         of = report["methods"][name] = {key: mean(column) for key, column in columns.items()}
-        low, high = of["win_rate_ci95"] = wilson(columns["win_rate"]) or [math.nan, math.nan]
-        first, *others = [math.nan if of[key] is None else of[key] for key in keys]
-        print(f"{name:6}  {first:.3f} [{low:.3f}, {high:.3f}]  ", *(f"{figure:9.3f}" for figure in others))
-    print(f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {results['rm']['accuracy']:.3f}")
+        of["win_rate_ci95"] = wilson(columns["win_rate"])
+        figures = [of["win_rate"], *(of["win_rate_ci95"] or [None, None])]
+        figures += [of[key] for key in ("rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")]
+        figures = [math.nan if figure is None else figure for figure in figures]
+        lines.append("{:6}  {:.3f} [{:.3f}, {:.3f}]  {:9.2f} {:10.2f} {:9.3f} {:9.1f} {:9.2f}".format(name, *figures))
+    lines.append(f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {results['rm']['accuracy']:.3f}")
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     save_whole(report | {"sft": results["sft"], "rm": results["rm"]}, run / "report.json")
+    print("\n".join(lines) if (text := draw_report(run)) is None else text)
+
+
+def draw_report(run):
+    """The figures and the table of tools/report.py, over several seeds report.json, too; None without tools/."""
+    if Path(__file__).with_name("tools").is_dir():
+        from tools import report
+
+        return report.write(run)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1146,19 +1122,18 @@ def finished(s, stage):
 
 def rows_of(stage, s):
     """-> {source: rows} that a stage reads."""
-    pairs = stage in ("rm", "dpo") or (stage in ("ppo", "drpo") and s.reset_to == "chosen")
-    kinds = {"dataset": "reference"} | ({"preference_dataset": "pairs"} if pairs else {})
+    kinds = {"dataset": "reference"}
+    if stage in ("rm", "dpo", "eval") or (stage in ("ppo", "drpo") and s.reset_to == "chosen"):
+        kinds["preference_dataset"] = "pairs"
     return {name: load_rows(getattr(s, name), kind, s.seed) for name, kind in kinds.items()}
 
 
 def preflight(stages, s):
-    """Whatever a later stage needs is tried before the first one trains (train_sft tries the model). Status 2 if it fails."""
+    """Whatever a later stage needs is tried before the first one trains; train_sft tries the model. Status 2 if it fails."""
     todo = [stage for stage in stages if not finished(s, stage)]
-    try:
+    with blame(f"--run_dir {s.run_dir} or --device {s.device}"):
         torch.empty(0, device=s.device)
         Path(s.run_dir).mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError, AssertionError) as error:
-        stop(f"--run_dir {s.run_dir} or --device {s.device}: {error}")
     for i, stage in enumerate(todo):
         for needed in NEEDS[stage]:
             if needed not in todo[:i] and not finished(s, needed):
@@ -1166,10 +1141,8 @@ def preflight(stages, s):
         rows_of(stage, s)
     if "eval" in todo and not isinstance(judge := find_judge(s), Path):  # asked about one row, it costs nothing to know now
         row = load_rows(s.dataset, "reference", s.seed)[1][0]
-        try:
+        with blame(f"--judge {s.judge}"):
             judge([row["prompt"]], [row["reference"]], [row["reference"]])
-        except Exception as error:
-            stop(f"--judge {s.judge}: {error}")
 
 
 def run_stage(stage, s):
@@ -1192,33 +1165,30 @@ def run_stage(stage, s):
     if finished(s, stage):
         return print(f"{stage}: finished, and kept (delete {folder} to train it anew)")
     folder.mkdir(parents=True, exist_ok=True)
-    began, is_first = time.perf_counter(), world()[0] == 0
-    save_whole(new, folder / "settings.json") if is_first else None
+    save_whole(new, folder / "settings.json")
+    began = time.perf_counter()
     figures = {**(STAGES[stage](s) or {}), "seconds": time.perf_counter() - began}
-    save_whole(figures, folder / "result.json") if is_first else None
-    print(f"{stage}:", *(f"{name} {value:.3f}," for name, value in figures.items() if isinstance(value, float)), f"in {folder}")
+    save_whole(figures, folder / "result.json")
+    print(f"{stage}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float)))
     dist.barrier() if world()[1] > 1 else None
 
 
 def parse(argv):
     """-> (stage, Settings). What the command line does not give comes from the preset, and then from Settings."""
-    description = __doc__.partition("\n")[0]
-    parser = transformers.HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=description)
+    parser = transformers.HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "eval", "all"], help="what to run")
     parser.error = stop
     preset = (re.findall(r"(?<!\S)--preset[= ](\S+)", " ".join(argv)) or ["tiny"])[-1]
     parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
-    try:
-        s, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except ValueError as error:  # a word or a flag that nothing takes
-        stop(error)
-    return rest.stage, s
+    s, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    return (rest.stage, s) if not unknown else stop(f"nothing takes {' '.join(unknown)}; see --help")
 
 
 def main(argv=None):
     sys.path.append(os.getcwd())  # for module:function
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for every new shape, and rollouts shrink
     stage, s = parse(sys.argv[1:] if argv is None else argv)
     stages = [*STAGES, "eval"] if stage == "all" else [stage]
     if "LOCAL_RANK" in os.environ:  # torchrun
@@ -1234,11 +1204,8 @@ def main(argv=None):
             with precision(one):
                 for name in stages:
                     run_stage(name, one)
-        if "eval" in stages and world()[0] == 0 and Path(__file__).with_name("tools").is_dir():
-            from tools import report  # figures, and over several seeds the table
-
-            for folder in dict.fromkeys([*(one.run_dir for one in runs), s.run_dir]):
-                print(report.write(folder))
+        if "eval" in stages and s.seeds and world()[0] == 0:
+            print(draw_report(s.run_dir) or "")
     except KeyboardInterrupt:
         stop("interrupted; the same command resumes from the last checkpoint", 130)
     except Exception as error:  # a full disk, as Python, torch or safetensors tell it
@@ -1246,7 +1213,7 @@ def main(argv=None):
             raise
         stop(f"{s.run_dir}: {error}; what was saved before is whole, and the same command resumes from there", 3)
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if world()[1] > 1:
             dist.destroy_process_group()
 
 

@@ -1,31 +1,72 @@
-"""The repository root goes on the path, so that `import drpo` works from wherever pytest is started."""
+"""What several test files share: a small corpus and network, a finished run of them, and one run of the toy corpus."""
 
+import itertools
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
-import huggingface_hub
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `import drpo` works from wherever pytest is started
+
+import drpo  # noqa: E402
+
+WORDS = ["[E]", "[P]", "a", "b", "c", "d", "e", "f"]  # a vocabulary of EOS, padding and six letters
+SMALL = (
+    "--dataset conftest:posts --preference_dataset conftest:pairs --model conftest:network --tokenizer conftest:tokenizer "
+    "--judge conftest:longer --device cpu --query_length 8 --response_length 7 --preference_length 7 --sft_steps 4 "
+    "--rm_steps 4 --updates 3 --sft_batch_size 8 --rm_batch_size 8 --batch_size 8 --dpo_batch_size 8 --micro_batch 4 "
+    "--lr 0.01 --sft_lr 0.01 --rm_lr 0.01 --dpo_lr 0.01 --eval_samples 10 --save_every 1"
+).split()
 
 
-@pytest.fixture(autouse=True)
-def hub_as_it_was():
-    """Where the Hub cannot be reached, `tools/preflight.py` goes offline for the rest of the process: here, of the test."""
-    with (
-        patch.dict(os.environ),
-        patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", huggingface_hub.constants.HF_HUB_OFFLINE),
-    ):
-        yield
+def posts(split="train"):
+    """Three letters, of which the reference is one to three, in reverse."""
+    texts = list(itertools.product("abcdef", repeat=3))[split == "train" :: 5]
+    return [{"prompt": " ".join(x), "reference": " ".join(x[::-1][: 1 + i % 3])} for i, x in enumerate(texts)]
 
 
-@pytest.fixture
+def pairs(split="train"):
+    return [{"prompt": x["prompt"], "chosen": x["reference"], "rejected": "f f f f"} for x in posts(split)]
+
+
+def longer(prompts, a, b):
+    """A judge that prefers the longer text."""
+    return [(1 + (len(x) > len(y)) - (len(x) < len(y))) / 2 for x, y in zip(a, b)]
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="f"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[E]", pad_token="[P]")
+
+
+def network(seed=0):
+    """GPT-NeoX of one layer of 16, with random weights that are large enough for decided logits."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    ends = dict(bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**config, **ends, max_position_embeddings=32, initializer_range=0.5)).eval()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="session")
 def one_thread():
     """Tensors this small are fastest on one thread, and sums always run in the same order."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,15 +75,37 @@ def one_thread():
 
 @pytest.fixture
 def one_line(capsys):
-    """one_line(argv) -> what `drpo.py` says on stderr before it ends with status 2: one line, for who can mend it."""
-    import drpo
+    """one_line(argv) -> what `drpo.main(argv)` says on stderr before it ends with status 2: one line, not a long one."""
 
     def ends(argv):
         capsys.readouterr()  # what was said before does not count
         with pytest.raises(SystemExit) as stopped:
             drpo.main([str(word) for word in argv])
         line = capsys.readouterr().err
-        assert stopped.value.code == 2 and len(line.splitlines()) == 1, line
+        assert stopped.value.code == 2 and len(line.splitlines()) == 1 and len(line) <= 300, line
         return line
 
     return ends
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a short `python drpo.py`, in a folder with drpo.py and toy_text.py only. Tests only read it."""
+    home, run = tmp_path_factory.mktemp("home"), "runs/tiny"
+    for name in ("drpo.py", "toy_text.py"):
+        shutil.copy(ROOT / name, home)
+    words = "--sft_steps 30 --rm_steps 20 --updates 3 --batch_size 16 --dpo_batch_size 16 --eval_samples 24 --device cpu"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "drpo.py", *words.split()]
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (home / run / "stdout.txt").write_text(done.stdout)
+    return home / run
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory, one_thread):
+    """The folder of a run of all stages on the corpus above, which takes a second. Tests copy it or only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    drpo.main(["all", *SMALL, "--run_dir", str(folder)])
+    return folder

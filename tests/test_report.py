@@ -1,364 +1,219 @@
 """tools/report.py on small made-up run folders, with numbers worked by hand."""
 
 import ast
-import json
-import subprocess
+import io
+import math
 import sys
 from pathlib import Path
 
 import matplotlib.figure
 import pytest
+from run_folder import LOG, make_run, write_lines
 
 from tools import report
 
-ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {
-    "dataset": "toy_env:gate",
-    "preset": "tiny",
-    "eval_samples": 600,
-    "eval_temperature": 0.01,
-    "temperature": 0.7,
-    "batch_size": 48,
-    "judge": "toy_env:gold_judge",
-}
-
-
-def make_run(folder, win_rates, seed=0, accuracy=0.7, score=(0.0, 1.0), **settings):
-    """A finished run with these {method: win rate} on four prompts; PPO and DR-PO logged these scores, one an update."""
-    folder.mkdir(parents=True)
-    (folder / "eval.json").write_text(
-        json.dumps(
-            {
-                "rm": {"accuracy": accuracy, "accuracy_by_batch": {"all": {"right": round(10 * accuracy), "pairs": 10}}},
-                "sft": {"held_out_loss": 2.0, "rouge_l": 0.3},
-                "settings": {**SETTINGS, "run_dir": str(folder), "seed": seed, **settings},
-                "seconds": {"sft": 5.0, "rm": 7.0, "drpo": 30.0},
-            }
-        )
-    )
-    samples = [
-        {"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"}
-        | {
-            name: {
-                "response": f"{name} says {i}",
-                "win_rate": rate,
-                "rm_score": 1.0 + (i > 1),
-                "kl": 2.5,
-                "kl_rm_score": i,
-                "rouge_1": 0.3,
-                "rouge_2": 0.1,
-                "rouge_l": i / 10,
-                "response_tokens": 9 + i // 2,
-                "eos_rate": int(i > 0),
-            }
-            for name, rate in win_rates.items()
-        }
-        for i in range(4)
-    ]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    keys = {
-        "kl": 0.5,
-        "response_tokens": 9.0,
-        "eos_rate": 0.5,
-        "entropy": 1.0,
-        "explained_variance": 0.2,
-        "tokens_decoded": 100,
-    }
-    logs = {"sft": [{"loss": 3.0}], "rm": [{"accuracy": 0.6}], "dpo": [{"accuracy": 0.6}]}
-    logs |= {name: [{"score": value, **keys} for value in score] for name in ("ppo", "drpo")}
-    for stage in {"rm", *win_rates}:
-        (folder / stage).mkdir()
-        (folder / stage / "result.json").write_text(
-            json.dumps({"settings": {"seed": seed, "beta": 0.6, "lr": 1e-4, **settings}})
-        )
-        (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs[stage]))
-    return folder
-
 
 @pytest.fixture
-def no_figure(monkeypatch):
-    """Drawing takes longer than all the rest; other tests look at the figure."""
-    monkeypatch.setattr(report, "draw", lambda *_: None)
-    monkeypatch.setattr(report, "draw_frontier", lambda *_: None)
+def figures(monkeypatch):
+    """{file name: figure} of what is drawn; nothing is saved, which takes longer than all the rest."""
+    drawn = {}
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path, **_: drawn.update({path.name: self}))
+    return drawn
 
 
 @pytest.fixture
 def three_seeds(tmp_path):
-    for seed, sft, ppo, drpo, accuracy in [(1, 0.30, 0.1, 0.2, 0.6), (2, 0.29, 0.1, 0.4, 0.7), (10, 0.0, 0.4, 0.6, 0.8)]:
-        rates = {"sft": sft, "ppo": ppo, "drpo": drpo}
-        make_run(tmp_path / f"seed_{seed}", rates, seed, accuracy, score=(seed, 2 * seed, 0))
+    for seed, sft, ppo, dr in [(1, 0.30, 0.1, 0.2), (2, 0.29, 0.1, 0.4), (10, 0.0, 0.4, 0.6)]:
+        make_run(tmp_path / f"seed_{seed}", {"sft": sft, "ppo": ppo, "drpo": dr}, seed, score=(seed, 2 * seed, 0), kl=seed / 2)
     return tmp_path
 
 
 def row(text, name):
-    """The cells of the line of the terminal table that begins with this method."""
+    """The cells of the terminal table's line that begins with this method."""
     return next(line for line in text.splitlines() if line.startswith(name)).split()
 
 
-def test_single_run(tmp_path):
-    run = make_run(tmp_path / "run", {"drpo": 0.5, "sft": 0.125, "ppo": 0.25})  # in no good order
+def page(run):
+    return (run / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_single_run_has_its_table_page_and_figures(tmp_path):
+    run = make_run(tmp_path / "run", {"sft": 0.125, "dpo": 0.5, "ppo": 0.25, "drpo": 0.5})
     text = report.write(run)
-    assert [line.split()[0] for line in text.splitlines()[:4]] == ["method", "SFT", "PPO", "DR-PO"]  # no row for DPO
-    # Wilson, 2 of 4: (0.5 + z^2 / 8) / (1 + z^2 / 4) = 0.5, half width z sqrt(1/16 + z^2 / 64) / (1 + z^2 / 4) = 0.350
+    assert [line.split()[0] for line in text.splitlines()[:5]] == ["method", "SFT", "DPO", "PPO", "DR-PO"]
+    # Wilson, 2 of 4: centre 0.5, half width z sqrt(1/16 + z^2 / 64) / (1 + z^2 / 4) = 0.350
     assert row(text, "DR-PO") == ["DR-PO", "0.500", "[0.150,", "0.850]", "1.50", "2.50", "0.150", "9.5", "0.75"]
-    assert "reward model accuracy: 0.700 [0.397, 0.892]" in text  # 7 of 10
-    assert "on 4 held-out prompts at sampling temperature 0.01; KL, in nats per response, at temperature 0.7" in text
-    assert "seconds: SFT 5, RM 7, DR-PO 30; in all 42" in text
-    assert "judge: toy_env:gold_judge\n" in text and "NOT independent" not in text
-
-    page = (run / "report.md").read_text(encoding="utf-8")
-    # half widths: 0.98 times the standard deviation over the four prompts, 0.5 of the scores. Of 12 words "drpo says 0" 6
-    # differ, of 8 pairs 5; texts that are all longer by the same cannot tell what the win rate at equal length would be
-    assert (
-        "| DR-PO | 0.500 [0.150, 0.850] | - - | 1.50 [1.01, 1.99] | 2.50 [2.50, 2.50] | 0.300 | 0.100 | 0.150 | 9.5 | 0.75 "
-        "| 0.500 | 0.625 |"
-    ) in page
-    assert "| DR-PO minus PPO | +0.250 | [0.250, 0.250] |" in page  # the same on each prompt
-    saved = json.loads((run / "report.json").read_text())
-    assert list(saved["methods"]) == ["sft", "ppo", "drpo"] and saved["methods"]["drpo"]["kl"] == 2.5
-    assert saved["methods"]["drpo"]["rouge_l_ci95"] == pytest.approx([0.15 - 0.98 * 0.0125**0.5, 0.15 + 0.98 * 0.0125**0.5])
-    assert list(saved["differences"]) == ["ppo - sft", "drpo - sft", "drpo - ppo"]
-    assert saved["differences"]["drpo - sft"] == {"mean": 0.375, "ci95": [0.375, 0.375], "prompts": 4}
-    assert saved["rm"]["accuracy_by_batch"]["all"]["pairs"] == 10 and saved["seconds"]["drpo"] == 30.0
-    assert page.count("### Post") == 3 and "told 2" in page and "told 3" not in page
-    assert "    reference: told 0\n\n    SFT (win 0.12, RM score 1.00): sft says 0\n\n    PPO (" in page
-    assert "](curves.png)" in page and '"eval_temperature": 0.01' in page.partition("<details>")[2]
-    assert "](frontier.png)" in page
-    assert {(run / name).read_bytes()[:8] for name in ("curves.png", "frontier.png")} == {b"\x89PNG\r\n\x1a\n"}
+    assert "reward model: 0.700 [0.400, 0.900]" in text and "SFT 5, RM 6, DPO 7, PPO 8, DR-PO 9; total 35" in text
+    # 1.96 standard errors over four prompts: 0.98 times the standard deviation, 0.5 of the scores. Texts that are all longer
+    # by the same cannot tell the win rate at equal length
+    assert "| DR-PO | 0.500 [0.150, 0.850] | - - | 1.50 [1.01, 1.99] | 2.50 [2.50, 2.50] | 0.300 | 0.100 | 0.150 |" in page(run)
+    assert "| PPO minus SFT | +0.125 | [0.125, 0.125] |" in page(run)  # the same on each prompt
+    assert "    reference: told 0\n\n    SFT (win 0.12, RM score 1.00): sft says 0\n" in page(run)
+    for name in ("curves.png", "diagnostics.png", "frontier.png"):
+        assert f"]({name})" in page(run) and (run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_what_an_api_judge_left_undecided_is_counted_and_left_out(tmp_path, no_figure):
-    run = make_run(tmp_path / "run", {"sft": 1.0}, judge="api:some-model")
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    for sample, verdict in zip(samples, [1.0, 0.5, None, 0.0]):
-        sample["sft"]["win_rate"] = verdict
-    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+def test_missing_verdicts_are_counted_and_left_out(tmp_path, figures):
+    run = make_run(tmp_path / "run", {"sft": 1.0, "ppo": None}, judge="rm")
+    samples = report.read(run / "samples.jsonl", lines=True)
+    samples[2]["sft"]["win_rate"] = None
+    write_lines(run / "samples.jsonl", samples)
     text = report.write(run)
-    assert row(text, "SFT")[1] == "0.500" and "of 4 questions: SFT 1 ties, 1 without a verdict and left out" in text
-    low, high = json.loads((run / "report.json").read_text())["methods"]["sft"]["win_rate_ci95"]
-    assert [low, high] == pytest.approx(report.wilson(1.5, 3))
+    assert "without a verdict, not counted: SFT 1, PPO 4" in text and "NOT independent" in text
+    assert row(text, "PPO")[1:3] == ["-", "-"]
 
 
-def test_no_verdict_at_all_is_no_win_rate(tmp_path, capsys):
-    run = make_run(tmp_path / "run", {"sft": None}, judge="api:some-model")
-    with pytest.raises(SystemExit) as stopped:
-        report.main([str(run)])
-    assert stopped.value.code == 2 and "no verdict on any response of SFT" in capsys.readouterr().err
+def test_rloo_without_values_and_a_judge_is_drawn(tmp_path, figures):
+    log = {key: value for key, value in LOG.items() if key != "explained_variance"}
+    report.write(make_run(tmp_path / "run", {"sft": None, "ppo": None, "drpo": None}, log=log))
+    titles = [ax.get_title() for ax in figures["diagnostics.png"].axes]
+    assert "explained_variance (ppo, drpo): not logged" in titles and len(figures["diagnostics.png"].axes[1].lines) == 2
+    assert figures["curves.png"].axes[3].get_title().startswith("Responses that end with EOS")
 
 
-def test_the_reward_model_as_judge_is_called_not_independent(tmp_path, no_figure):
-    text = report.write(make_run(tmp_path / "run", {"sft": 0.1}, judge="rm"))
-    assert "judge: rm, the run's own reward model: NOT independent" in text
-
-
-def test_a_run_on_a_task_of_the_paper_has_the_papers_table_beside_its_own(tmp_path, no_figure):
-    make_run(tmp_path / "one", {"sft": 0.25, "drpo": 0.75}, preset="tldr")
-    report.write(tmp_path / "one")
+def test_the_papers_table_stands_beside_ours(tmp_path, figures):
     for seed in (1, 2):
-        make_run(tmp_path / "two" / f"seed_{seed}", {"ppo": seed / 2}, seed=seed, preset="cnndm")
-    report.write(tmp_path / "two")
-    make_run(tmp_path / "toy", {"sft": 0.25})
-    report.write(tmp_path / "toy")
-    one, two, toy = [(tmp_path / name / "report.md").read_text() for name in ("one", "two", "toy")]
-    assert "| DR-PO | here | 0.750 | 1.50 | 2.50 | 0.300 | 0.100 | 0.150 |" in one
-    assert "| DR-PO | paper | 0.702 ± 0.017 | 1.52 ± 0.09 | 16.84 ± 0.83 | 0.337 ± 0.018 |" in one
-    assert "| PPO | here | 0.750 ± 0.354 |" in two and "| PPO | paper | 0.085 | - | - | 0.236 | 0.123 | 0.186 |" in two
-    assert "| PPO | paper" not in one and "paper" not in toy
+        make_run(tmp_path / f"seed_{seed}", {"sft": 0.25, "drpo": seed / 2}, seed, preset="tldr")
+    report.write(tmp_path)
+    assert "| DR-PO | here | 0.750 ± 0.354 | 1.50 ± 0.00 | 2.50 ± 0.00 |" in page(tmp_path) and "| PPO | paper" not in page(
+        tmp_path
+    )
+    assert "| DR-PO | paper | 0.702 ± 0.017 | 1.52 ± 0.09 | 16.84 ± 0.83 |" in page(tmp_path)
 
 
-def test_three_seeds(three_seeds, no_figure):
+def test_over_seeds_mean_interval_and_paired_differences(three_seeds, figures):
     text = report.write(three_seeds)
     # 0.2, 0.4, 0.6: std 0.2, and 4.303 * 0.2 / sqrt(3) = 0.497
-    assert row(text, "DR-PO")[1:8] == ["0.400", "±", "0.200", "(0.200-0.600)", "[-0.097,", "0.897]", "2/3"]
-    assert row(text, "SFT")[7] == "1/3"  # 0.30 counts, 0.29 does not
-    # paired by seed: 0.1, 0.3, 0.2, std 0.1, and 4.303 * 0.1 / sqrt(3) = 0.248
-    assert (
-        "DR-PO minus PPO, paired by seed: +0.200, 95 % t-interval [-0.048, 0.448]; "
-        "seed 1: +0.100, seed 2: +0.300, seed 10: +0.200"
-    ) in text
-    assert "reward model accuracy: 0.700 (0.600-0.800)" in text
-
-    page = (three_seeds / "report.md").read_text(encoding="utf-8")
-    assert "| 2 | 0.290 | 0.100 | 0.400 |\n| 10 | 0.000 | 0.400 | 0.600 |" in page
-    saved = json.loads((three_seeds / "report.json").read_text())
-    assert set(saved) == {"methods", "differences", "seeds", "rm", "settings"}
-    assert saved["differences"]["drpo - ppo"]["values"] == pytest.approx([0.1, 0.3, 0.2])
-    assert "| DR-PO minus SFT | +0.203 | " in page  # -0.1, 0.11, 0.6
-    assert saved["seeds"] == [1, 2, 10] and saved["settings"] == SETTINGS
+    assert row(text, "DR-PO")[1:6] == ["0.400", "±", "0.200", "(0.200-0.600)", "[-0.097,"]
+    # 2 of 3 found: 3 p^2 - 2 p^3 = 0.025 at 0.094, p^3 = 0.975 at 0.992; of SFT 0.30 counts and 0.29 does not
+    assert row(text, "DR-PO")[-3:] == ["2/3", "[0.09,", "0.99]"] and row(text, "SFT")[-3] == "1/3"
+    # 0.1, 0.3, 0.2: std 0.1, and 4.303 * 0.1 / sqrt(3) = 0.248
+    assert "DR-PO minus PPO: +0.200 [-0.048, 0.448], by seed: 0.100, 0.300, 0.200" in text
+    assert "| 2 | 0.290 | 0.100 | 0.400 |\n| 10 | 0.000 | 0.400 | 0.600 |" in page(three_seeds)  # seed 10 after seed 2
+    assert "| DR-PO minus SFT | +0.203 | " in page(three_seeds)  # -0.1, 0.11, 0.6
+    saved = report.read(three_seeds / "report.json")
     wins = saved["methods"]["drpo"]["win_rate"]
-    assert wins.pop("values") == [0.2, 0.4, 0.6]
-    assert wins == pytest.approx({"mean": 0.4, "std": 0.2, "min": 0.2, "max": 0.6, "n": 3})
-    assert saved["methods"]["ppo"]["kl"]["mean"] == 2.5 and saved["rm"]["accuracy"]["mean"] == pytest.approx(0.7)
+    assert saved["seeds"] == [1, 2, 10] and not {"seed", "run_dir"} & saved["settings"].keys()
+    assert wins["values"] == [0.2, 0.4, 0.6] and wins["ci95"] == pytest.approx([-0.0969, 0.8969], abs=1e-4)
+    assert [wins[key] for key in ("mean", "std", "min", "max", "n")] == pytest.approx([0.4, 0.2, 0.2, 0.6, 3])
+    assert report.write(three_seeds) == text  # its own report.json is no run's
 
 
-def test_samples_of_an_older_version_are_named_in_one_line(tmp_path, capsys):
-    run = make_run(tmp_path / "run", {"sft": 0.5})
-    (run / "samples.jsonl").write_text((run / "samples.jsonl").read_text().replace('"rouge_2"', '"rouge_two"'))
-    with pytest.raises(SystemExit) as stopped:
-        report.main([str(run)])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1 and "rouge_2" in err and "python drpo.py eval" in err
-
-
-def test_seeds_again_after_the_first_report(three_seeds, no_figure):
-    first = report.write(three_seeds)
-    assert (three_seeds / "report.json").exists() and report.write(three_seeds) == first
-    make_run(three_seeds / "seed_11", {"sft": 0.0, "ppo": 0.0, "drpo": 0.8}, 11)
-    assert row(report.write(three_seeds), "DR-PO")[1] == "0.500"  # a new seed is taken in
-
-
-def test_a_method_that_one_seed_lacks(tmp_path, no_figure):
-    make_run(tmp_path / "seed_1", {"ppo": 0.1, "drpo": 0.5}, 1)
-    make_run(tmp_path / "seed_2", {"ppo": 0.3}, 2)
+def test_a_method_that_one_seed_lacks_has_fewer_values(tmp_path, figures):
+    make_run(tmp_path / "seed_1", {"ppo": 0.1, "drpo": 0.5}, 1, dataset="other")
+    make_run(tmp_path / "seed_2", {"ppo": 0.3}, 2, dataset="other")
     text = report.write(tmp_path)
-    assert row(text, "PPO")[1:4] == ["0.200", "±", "0.141"]
-    assert row(text, "DR-PO")[1:5] == ["0.500", "(0.500-0.500)", "-", "1/1"]  # one value: no spread
-    assert "paired by seed: +0.400, 95 % t-interval -; seed 1: +0.400\n" in text
-    assert "| 2 | 0.300 | - |" in (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert json.loads((tmp_path / "report.json").read_text())["methods"]["drpo"]["win_rate"]["values"] == [0.5, None]
+    assert row(text, "DR-PO")[1:3] == ["0.500", "-"] and row(text, "PPO")[1:4] == ["0.200", "±", "0.141"]
+    assert "found" not in text and "| 2 | 0.300 | - |" in page(tmp_path)  # on other data 0.30 means nothing
 
 
-def test_the_figure_draws_mean_and_band(three_seeds, monkeypatch):
-    figures = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **kwargs: figures.append(figure))
+def test_curves_show_mean_band_and_held_out_values(three_seeds, figures):
     report.write(three_seeds)
-    score = figures[0].axes[0]
-    assert [list(line.get_ydata()) for line in score.lines] == [pytest.approx([13 / 3, 26 / 3, 0])] * 2  # PPO and DR-PO
-    assert list(score.lines[0].get_xdata()) == [1, 2, 3]
+    score, kl, _, wins = figures["curves.png"].axes
+    ppo, drpo = score.lines[:2]
+    assert list(ppo.get_xdata()) == [1, 2, 3] and list(ppo.get_ydata()) == pytest.approx([13 / 3, 26 / 3, 0])
     band = score.collections[0].get_paths()[0].vertices.tolist()
     assert [2, 2] in band and [2, 20] in band  # update 2: 2, 4 and 20
-    assert score.lines[0].get_color() == figures[0].axes[1].lines[0].get_color() != score.lines[1].get_color()
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["PPO", "DR-PO", "SFT", "reward model"]
-    assert not figures[0].axes[11].lines  # nobody ran DPO
-    assert "3 seeds" in figures[0].get_suptitle()
-    against_tokens = figures[0].axes[6]
-    assert against_tokens.lines[0].get_xdata() == pytest.approx([100, 200, 300])
-    assert list(against_tokens.lines[0].get_ydata()) == list(score.lines[0].get_ydata())
-    episodes = score.child_axes[0]._functions[0]  # 48 rollouts an update
-    assert episodes(2) == 96
+    assert (ppo.get_color(), drpo.get_color()) == (report.COLOURS["ppo"], report.COLOURS["drpo"])
+    dot = kl.containers[0].lines[0]
+    assert dot.get_xdata() > 3 and dot.get_ydata() == pytest.approx(13 / 6)  # 0.5, 1, 5
+    assert [tick.get_text() for tick in wins.get_xticklabels()] == ["SFT", "PPO", "DR-PO"]
+    assert list(figures["diagnostics.png"].axes[8].lines[0].get_xdata()) == [100, 200, 300]  # tokens
 
 
-def test_the_frontier_has_a_line_per_method_with_mean_and_standard_error_of_each_bin(tmp_path, monkeypatch):
-    """Four prompts make two bins; SFT, all at KL 0, makes one point."""
-    figures, samples = [], []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **kwargs: figures.append(figure))
-    for kl, score in [(3.0, 5.0), (1.0, 0.0), (2.0, 2.0), (5.0, 9.0)]:
-        samples.append(
-            {
-                "prompt": "p",
-                "reference": "r",
-                "sft": {"kl": 0.0, "kl_rm_score": score},
-                "drpo": {"kl": kl, "kl_rm_score": score},
-            }
-        )
-    report.draw_frontier(samples, tmp_path / "frontier.png")
-    sft, drpo = figures[0].axes[0].containers
-    assert sft.get_label() == "SFT" and drpo.get_label() == "DR-PO"
-    assert [list(sft.lines[0].get_xdata()), list(sft.lines[0].get_ydata())] == [[0.0], [4.0]]
-    assert [list(drpo.lines[0].get_xdata()), list(drpo.lines[0].get_ydata())] == [[1.5, 4.0], [1.0, 7.0]]
-    low, high = drpo.lines[2][0].get_segments()[0][:, 1]  # of 0 and 2: the std is 1.41, over sqrt(2) it is 1
-    assert (low, high) == pytest.approx((0.0, 2.0))
-
-
-def test_several_runs_are_compared_by_the_settings_in_which_they_differ(tmp_path, capsys, no_figure):
-    """A beta ablation: what drpo was trained with counts, whatever the flags of the evaluation were."""
-    for beta, wins in (("0.0", (0.1, 0.3)), ("1.0", (0.4, 0.8))):
-        for seed, win in enumerate(wins):
-            make_run(tmp_path / f"beta_{beta}" / f"seed_{seed}", {"sft": 0.1, "drpo": win}, seed, beta=float(beta))
-    make_run(tmp_path / "single", {"drpo": 0.5}, beta=0.25)
-    make_run(tmp_path / "without", {"sft": 0.5})
-    report.main([str(tmp_path / name) for name in ("beta_0.0", "beta_1.0", "single", "without")])
-    lines = capsys.readouterr().out.partition("DR-PO in each run")[2].splitlines()[2:]
-    assert lines == [
-        "| run | beta | seeds | win rate vs reference | RM score | KL to SFT | tokens | EOS rate |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| beta_0.0 | 0.0 | 2 | 0.200 (0.100-0.300) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
-        "| beta_1.0 | 1.0 | 2 | 0.600 (0.400-0.800) | 1.50 (1.50-1.50) | 2.50 (2.50-2.50) | 9.5 (9.5-9.5) | 0.75 (0.75-0.75) |",
-        "| single | 0.25 | 1 | 0.500 | 1.50 | 2.50 | 9.5 | 0.75 |",
-    ]
-
-
-def test_over_optimisation_names_the_peak_of_each_seed_and_what_it_gives_on_the_test_prompts(tmp_path, monkeypatch):
-    """The RM score rises all the way; gold falls in the one seed after update 5, and in the other it does not."""
-    figures = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **kwargs: figures.append((path.name, figure)))
-    for seed, gold, on_test in ((1, [0.0, 2.0, 1.0], {5: 1.5, 10: 0.5}), (2, [0.0, 1.0, 3.0], {10: 2.5})):
-        folder = make_run(tmp_path / f"seed_{seed}", {"sft": 0.1, "ppo": 0.2}, seed)
-        known = {"method": "ppo", "judged_by": "gold_score", "win_rate": 0.25, "kl": 1.0}
-        lines = [
-            known | {"prompts": "validation", "update": 5 * i, "rm_score": float(i), "gold_score": value}
-            for i, value in enumerate(gold)
-        ]
-        lines += [
-            known | {"prompts": "test", "update": update, "rm_score": 3.0, "gold_score": value}
-            for update, value in on_test.items()
-        ]
-        (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_the_frontier_has_a_point_per_seed_and_is_cut(tmp_path, figures):
+    for seed, kl in [(1, 1.0), (2, 3.0)]:
+        run = make_run(tmp_path / f"seed_{seed}", {"sft": 0.1, "dpo": 0.2, "drpo": 0.5}, seed, kl=kl)
+        samples = report.read(run / "samples.jsonl", lines=True)
+        for sample in samples:
+            sample["sft"]["kl"], sample["dpo"]["kl"] = 0.0, 40.0 + seed
+        write_lines(run / "samples.jsonl", samples)
     report.write(tmp_path)
-    page = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| PPO, peak on validation prompts | 5, 10 | 2.000 | 0.250 | 3.000 | 1.000 |" in page
-    assert "| PPO, last update | 10, 10 | 1.500 | 0.250 | 3.000 | 1.000 |" in page
-    left, right = dict(figures)["overoptimisation.png"].axes
-    assert list(left.lines[0].get_ydata()) == [0, 1, 2] and list(right.lines[0].get_ydata()) == [0, 1.5, 2]
-    assert left.lines[1].get_xdata()[0] == 10  # the peak of the mean
+    (ax,) = figures["frontier.png"].axes
+    _, drpo = ax.containers
+    assert list(drpo.lines[0].get_xdata()) == [1.0, 3.0] and list(drpo.lines[0].get_ydata()) == [1.5, 1.5]
+    low, high = drpo.lines[2][1].get_segments()[0][:, 1]  # scores 0, 1, 2, 3: standard error sqrt(1.25) / 2
+    assert high - 1.5 == pytest.approx(1.5 - low) == pytest.approx(1.25**0.5 / 2)
+    assert ax.get_xlim()[1] == pytest.approx(1.3 * 3) and "DPO: KL 41.0, 42.0" in ax.texts[0].get_text()
 
 
-def spoil(tmp_path, what):
-    """-> the folder of a run in which this is wrong."""
-    run = tmp_path / "run"
-    if what == "no folder":
-        return run
-    make_run(run, {"sft": 0.1})
-    if what == "broken log":
-        (run / "sft" / "metrics.jsonl").write_text('{"loss": 1.0}\n{"lo')
-    elif what == "broken report":
-        (run / "eval.json").write_bytes(b"\xff{")
-    else:
-        (run / what).unlink()
-    return run
+def test_runs_are_compared_by_settings_that_differ(tmp_path, capsys, figures):
+    for beta, wins in ((0.0, (0.1, 0.3)), (1.0, (0.4, 0.8))):
+        for seed, win in enumerate(wins):
+            make_run(tmp_path / f"beta_{beta}" / f"seed_{seed}", {"sft": 0.1, "drpo": win}, seed, beta=beta, run_dir="")
+    make_run(tmp_path / "single", {"drpo": 0.5}, beta=0.25, run_dir="")
+    report.main([str(tmp_path / name) for name in ("beta_0.0", "beta_1.0", "single")])
+    lines = capsys.readouterr().out.partition("DR-PO in each run")[2].splitlines()[2:]
+    assert lines[0].startswith("| run | beta | seeds | win rate vs reference | RM score |")
+    assert lines[2].startswith("| beta_0.0 | 0.0 | 2 | 0.200 ± 0.141 (0.100-0.300) | 1.50 ± 0.00 (1.50-1.50) |")
+    assert lines[4].startswith("| single | 0.25 | 1 | 0.500 | 1.50 |")
+
+
+def test_t_quantiles_are_those_of_student():
+    """The integral of Student's density from 0 to t, by Simpson's rule, must be 0.475."""
+    for df, t in enumerate(report.T975, 1):
+        scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        density = [scale * (1 + (t * i / 1000) ** 2 / df) ** (-(df + 1) / 2) for i in range(1001)]
+        integral = (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2])) * t / 3000
+        assert integral == pytest.approx(0.475, abs=3e-5), df
+
+
+def test_clopper_pearson_has_closed_forms_at_its_ends():
+    """With 0 of n the upper end solves (1 - p)^n = 0.025; 1 of 2: 1 - (1 - p)^2 = 0.025 below, 1 - p^2 = 0.025 above."""
+    assert report.clopper_pearson(0, 6) == pytest.approx([0, 1 - 0.025 ** (1 / 6)])
+    assert report.clopper_pearson(6, 6) == pytest.approx([0.025 ** (1 / 6), 1])
+    assert report.clopper_pearson(1, 2) == pytest.approx([1 - 0.975**0.5, 0.975**0.5])
+
+
+def test_the_bootstrap_of_gaps_of_0_and_1_is_a_binomial():
+    """On 40 prompts one method wins all, the other 20: the resampled gap is Binomial(40, 1/2) / 40, quantiles 14 and 26."""
+    found = report.paired_bootstrap([1.0] * 40 + [None, 1.0], [1.0] * 20 + [0.0] * 20 + [1.0, None])
+    assert found == {"mean": 0.5, "ci95": [0.35, 0.65], "prompts": 40} and report.paired_bootstrap([None], [1.0]) is None
+
+
+def test_two_lengths_give_the_line_through_two_log_odds():
+    """80 % of the texts longer by 30 win, 40 % of those shorter by 10: two parameters fit both, and equal length lies on the
+    line between the log odds, at tanh(0). Its variance is that of a weighted sum: 1 / (n p q) each."""
+    gaps, won = [30] * 10 + [-10] * 10, [1.0] * 8 + [0.0] * 2 + [1.0] * 4 + [0.0] * 6
+    high, low = math.log(0.8 / 0.2), math.log(0.4 / 0.6)
+    x, y = math.tanh(1.5), math.tanh(-0.5)  # the std is 20
+    a = low - y * (high - low) / (x - y)
+    error = math.sqrt((x / (x - y)) ** 2 / (10 * 0.4 * 0.6) + (y / (x - y)) ** 2 / (10 * 0.8 * 0.2))
+    rate, interval = report.length_controlled([*won, None], [*gaps, 1000])
+    assert rate == pytest.approx(1 / (1 + math.exp(-a)))
+    assert interval == pytest.approx([1 / (1 + math.exp(-a - side * 1.96 * error)) for side in (-1, 1)])
+    for separated in ("1111", "0000", "0011", "1100", ""):  # one threshold on the length parts wins from losses
+        assert report.length_controlled([float(x) for x in separated], [1, 2, 3, 4][: len(separated)]) == (None, None)
 
 
 @pytest.mark.parametrize(
-    "what, named",
+    "spoil, named",
     [
-        ("no folder", "drpo.py eval --run_dir"),
-        ("eval.json", "drpo.py eval --run_dir"),
-        ("samples.jsonl", "samples.jsonl"),
-        ("broken report", "eval.json: not JSON"),
-        ("broken log", "metrics.jsonl: not JSON"),
+        (lambda run: (run / "report.json").unlink(), "python drpo.py eval"),
+        (lambda run: (run / "samples.jsonl").unlink(), "samples.jsonl"),
+        (lambda run: (run / "report.json").write_bytes(b"\xff{"), "report.json: not JSON"),
+        (lambda run: (run / "sft" / "metrics.jsonl").write_text('{"lo'), "metrics.jsonl: not JSON"),
+        (lambda run: (run / "samples.jsonl").write_text('{"prompt": "p"}\n'), "incomplete"),
     ],
 )
-def test_bad_folders_end_with_one_line(tmp_path, capsys, what, named):
+def test_a_bad_folder_ends_with_one_line(tmp_path, capsys, figures, spoil, named):
+    spoil(make_run(tmp_path / "run", {"sft": 0.1}))
+    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        report.main([str(spoil(tmp_path, what))])
+        report.main([str(tmp_path / "run")])
     out, err = capsys.readouterr()
-    assert end.value.code == 2 and not out
-    assert err.count("\n") == 1 and err.startswith("report.py: error: ") and named in err and str(tmp_path) in err
+    assert end.value.code == 2 and not out and err.count("\n") == 1 and err.startswith("report.py: ") and named in err
 
 
-def test_no_folder_named_at_all(capsys):
-    with pytest.raises(SystemExit) as end:
-        report.main([])
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count("\n") == 1 and "RUN_DIR" in err
+def test_a_stream_that_is_not_utf8_gets_replacements(three_seeds, figures, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    report.main([str(three_seeds)])
+    sys.stdout.flush()
+    assert b"0.400 ? 0.200" in sys.stdout.buffer.getvalue()
 
 
-def test_command(tmp_path):
-    """The command of the README, on two folders of which the second does not exist: the first is reported all the same."""
-    run = make_run(tmp_path / "run", {"sft": 0.125})
-    command = [sys.executable, "-m", "tools.report", run, tmp_path / "none"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and row(done.stdout, "SFT")[1] == "0.125" and (run / "curves.png").exists()
-    assert done.stderr.count("\n") == 1 and "none: no eval.json" in done.stderr
-
-
-def test_it_imports_nothing_of_ours_but_statistics_which_import_nothing_of_ours():
-    def imported(nodes):
-        return {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names} | {
-            node.module for node in nodes if isinstance(node, ast.ImportFrom)
-        }
-
-    trees = {name: ast.parse((ROOT / "tools" / name).read_text(encoding="utf-8")) for name in ("report.py", "stats.py")}
-    assert imported(trees["report.py"].body) <= sys.stdlib_module_names | {"tools.stats"}  # matplotlib only to draw
-    assert imported(ast.walk(trees["report.py"])) <= sys.stdlib_module_names | {"tools.stats", "matplotlib.figure"}
-    assert imported(ast.walk(trees["stats.py"])) <= sys.stdlib_module_names | {"numpy"}
+def test_it_imports_nothing_of_ours():
+    nodes = list(ast.walk(ast.parse(Path(report.__file__).read_text(encoding="utf-8"))))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert found <= sys.stdlib_module_names | {"numpy", "matplotlib.figure"}

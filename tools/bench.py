@@ -21,7 +21,9 @@ of the model, without padding and recomputation, over that rate. The full run is
 --peers: both sides have the same weights, adapters, optimizer, rows, reset lengths and micro-batch, in float32 on two threads:
 prompts of 64 to 128 tokens, references of 53, beta 1, 4 epochs, LoRA rank 16. The official structure: `generate` decodes 53
 tokens of every row and a logits processor forces the prefix; prompts are padded to --query_length; four scoring passes over all
-positions, with all hidden states, logits and log-softmax. Memory is that of a fresh process. Nothing else should run meanwhile.
+positions, with all hidden states, logits and log-softmax; losses on the official masks. Memory is that of a fresh process.
+Nothing else should run meanwhile: CPU seconds, too, grow when cores and caches are shared. Much of the official side's time is
+glibc's allocator; MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment turns that off, for both sides.
 """
 
 import argparse
