@@ -783,7 +783,7 @@ def train_sft(s):
         room = rope.get("original_max_position_embeddings", room)
     if longest > room or len(tokenizer) > config.vocab_size:
         stop(
-    """SFT, reward model, DPO: the mean over tokens, or over pairs (two fields), of loss_of(batch) -> (loss, margins).
+            f"--model {s.model}: has room for {room} tokens, rows may have {longest}; embeds {config.vocab_size} tokens, "
             f"--tokenizer has {len(tokenizer)}"
         )
     if shutil.disk_usage(s.run_dir).free < sum(p.numel() for p in network.parameters()) * (4 if s.supervised_lora_r else 28):
