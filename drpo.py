@@ -1,8 +1,8 @@
 """DR-PO (Dataset Reset Policy Optimization for RLHF, Chang et al. 2024, arXiv 2404.08495) in one file that runs alone.
 
-DR-PO is PPO with one change. PPO starts every rollout at the prompt. DR-PO starts a share `beta` of them at the prompt plus a
-random prefix of a response that a person wrote: a state that the offline data covers. The policy finishes the response and
-learns only from its own tokens. `ppo` is `drpo` with beta = 0.
+PPO starts every rollout at the prompt. DR-PO starts a share `beta` of them at the prompt plus a random prefix of a response
+that a person wrote: a state that the offline data covers. The policy finishes the response and learns only from its own tokens.
+Nothing else differs: `ppo` is `drpo` with beta = 0.
 
     python drpo.py                       all stages on a toy corpus, on a laptop CPU, in minutes
     python drpo.py all --preset tldr     the paper's TL;DR run: Pythia-2.8B, LoRA, one GPU
@@ -66,18 +66,15 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GradientCheckpointingLayer
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Settings. The defaults are those of the paper's TL;DR run (Table 5). Precedence: command line, preset, defaults.
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, and the shapes of rollouts change
 
+# ---- 1. Settings. The defaults are those of the paper's TL;DR run (Table 5). Precedence: command line, preset, defaults ------
 # The blocks of Settings by their first setting, and the blocks that a stage depends on: its result is kept while they are equal
 BLOCKS = {"seed": "data", "sft_steps": "sft", "rm_model": "rm", "updates": "po", "batch_size": "rl", "dpo_beta": "dpo"}
-USES = {"sft": ["data", "sft"], "rm": ["data", "sft", "rm"], "dpo": ["data", "sft", "po", "dpo"]}
-USES["ppo"] = USES["drpo"] = ["data", "sft", "rm", "po", "rl"]
+USES = {"sft": "data sft", "rm": "data sft rm", "dpo": "data sft po dpo"} | dict.fromkeys(["ppo", "drpo"], "data sft rm po rl")
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
-TLDR_PAIRS = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
 
 
 def setting(default, help):
@@ -97,12 +94,11 @@ class Settings:
     eval_samples: int = setting(600, "held-out prompts that the methods are compared on")
     eval_temperature: float = setting(0.01, "sampling temperature of the evaluation")
     judge: str = setting("rm", "rm (not independent: it was optimised), rm:RUN_DIR or module:function")
-
     seed: int = setting(0, "seed of all randomness")
     model: str = setting("EleutherAI/pythia-2.8b-deduped", "Hub name, folder or module:function")
     tokenizer: str = setting("", "the same, if it is not the model's own")
     dataset: str = setting(TLDR, "prompts and references: Hub name[:config], file, folder or module:function")
-    preference_dataset: str = setting(TLDR_PAIRS, "preference pairs, likewise")
+    preference_dataset: str = setting("vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144", "preference pairs")
     dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "autocast dtype; storage dtype of frozen networks")
     query_length: int = setting(512, "tokens of a prompt; a longer post loses its last lines")
     response_length: int = setting(53, "tokens of a response, EOS included, in SFT and rollouts")
@@ -143,9 +139,9 @@ class Settings:
         self.run_dir = self.run_dir or f"runs/{self.preset}" + "_seeds" * bool(self.seeds)
         if self.device == "auto":
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        most = dict.fromkeys("beta lam gamma cliprange lr sft_lr rm_lr dpo_lr".split(), 1)
         least = dict.fromkeys("seed sft_steps rm_steps updates lora_r supervised_lora_r".split(), 0)
         least |= {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6, "response_length": 2, "group": 2}
+        most = dict.fromkeys("beta lam gamma cliprange lr sft_lr rm_lr dpo_lr".split(), 1)
         for name, value in vars(self).items():
             low, high = least.get(name, int(type(value) is int)), most.get(name, 10**6)
             if type(value) in (int, float) and not low <= value <= high:
@@ -156,16 +152,15 @@ class Settings:
 
 # fmt: off
 PRESETS = {
-    "tldr": {},
+    "tldr": {}, "cnndm": dict(dataset="abisee/cnn_dailymail:3.0.0", query_length=1919, response_length=64),  # for tldr's `eval`
     "hh": dict(model="EleutherAI/pythia-1b-deduped", dataset="Anthropic/hh-rlhf", preference_dataset="Anthropic/hh-rlhf",
                response_length=128, preference_length=256),
-    "cnndm": dict(dataset="abisee/cnn_dailymail:3.0.0", query_length=1919, response_length=64),  # to evaluate a tldr run
-    "tiny": dict(model="toy_text:tiny_pythia", tokenizer="toy_text:bpe_tokenizer", dataset="toy_text:gate",
-                 preference_dataset="toy_text:gate_pairs", judge="toy_text:gold_judge", reset_to="chosen", dtype="float32",
-                 query_length=80, response_length=24, preference_length=32, lora_r=0, micro_batch=64, max_grad_norm=1.0,
-                 sft_steps=600, sft_lr=3e-3, sft_batch_size=16, rm_steps=400, rm_lr=5e-4, rm_batch_size=16,
-                 updates=45, batch_size=48, epochs=2, lr=1e-4, beta=0.6, kl_coef=0.1, temperature=1.0, cliprange_value=5.0,
-                 whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48, eval_samples=500, eval_temperature=0.7),
+    "tiny": dict(model="toy_text:tiny_pythia", tokenizer="toy_text:bpe_tokenizer", dataset="toy_text:gate", dtype="float32",
+                 preference_dataset="toy_text:gate_pairs", judge="toy_text:gold_judge", reset_to="chosen", query_length=80,
+                 response_length=24, preference_length=32, lora_r=0, micro_batch=64, max_grad_norm=1.0, sft_steps=600,
+                 sft_lr=3e-3, sft_batch_size=16, rm_steps=400, rm_lr=5e-4, rm_batch_size=16, updates=45, batch_size=48,
+                 epochs=2, lr=1e-4, beta=0.6, kl_coef=0.1, temperature=1.0, cliprange_value=5.0, whiten_rewards=False,
+                 dpo_lr=3e-4, dpo_batch_size=48, eval_samples=500, eval_temperature=0.7),
 }
 # fmt: on
 
@@ -193,22 +188,18 @@ def generator(seed, *key):
 
 
 def world():
-    """-> (rank, number of processes). Under torchrun each process holds all rows and weights and computes its share of the
-    micro-batches; results and gradients are summed, so that every process continues as one alone would."""
+    """-> (rank, number of processes). All hold all rows and weights (torchrun), and each computes a share of micro-batches."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def summed(x):
-    """The tensor x, summed over all processes in place."""
+    """The tensor x, summed over all processes in place: results, gradients. So every process continues as one alone would."""
     if world()[1] > 1:
         dist.all_reduce(x)
     return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Data: rows {prompt, reference} for SFT and RL, {prompt, chosen, rejected, batch} for the reward model and DPO.
-
-
+# ---- 2. Data: rows {prompt, reference} for SFT and RL, {prompt, chosen, rejected, batch} for the reward model and DPO --------
 def resolve(name, **offered):
     """`module:function` -> the function, with those of the offered arguments bound that it takes. None for any other name."""
     module, _, function = name.partition(":")
@@ -220,15 +211,13 @@ def resolve(name, **offered):
 
 def read_row(row):
     """A row of any known layout, told by its columns -> its texts prompt, reference, chosen, rejected, and its batch."""
-    info, row = row.get("info") or row, dict(row)
+    info, prompt, a, b = row.get("info") or row, row.get("prompt", row.get("query")), row.get("chosen"), row.get("rejected")
     if info.get("article"):  # CNN/DM, in abisee/cnn_dailymail and among openai's pairs
-        row["prompt"] = f"Article:\n{info['article']}\n\nTL;DR:"
+        prompt = f"Article:\n{info['article']}\n\nTL;DR:"
     elif info.keys() >= {"subreddit", "title", "post"} and "prompt" not in row:  # openai, vwxyzjn, cleanrl
-        row["prompt"] = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
+        prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
     if "summaries" in row:  # openai/summarize_from_feedback
-        texts = [summary["text"] for summary in row["summaries"]]
-        row |= {"chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]]}
-    a, b, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt", row.get("query"))
+        a, b = [row["summaries"][i]["text"] for i in (row["choice"], 1 - row["choice"])]
     if isinstance(a, str) and isinstance(b, str) and prompt is None:  # Anthropic/hh-rlhf: two dialogues
         (prompt, mark, a), (other, _, b) = a.rpartition("\n\nAssistant:"), b.rpartition("\n\nAssistant:")
         prompt = prompt + mark if prompt == other else ""  # to be dropped
@@ -240,29 +229,28 @@ def read_row(row):
 
 
 def read_source(source, seed):
-    """-> (training rows, held-out rows) of a file, a folder or a Hub name[:config]. Where there are only training rows, a tenth
-    of the prompts is drawn by the seed and held out with all its rows."""
+    """-> (training rows, held-out rows). Where there is one split, a tenth of the prompts is held out, drawn by the seed."""
     path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
-    if path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
+    if resolve(source):
+        splits = {split: resolve(source, split=split, seed=seed)() for split in ("train", "validation")}
+    elif path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
         with (gzip.open if source.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             rows = json.load(file) if kind == "json" else csv.DictReader(file) if kind == "csv" else map(json.loads, file)
-            splits = {"train": list(rows["data"] if isinstance(rows, dict) else rows)}
+            splits = list(rows["data"] if isinstance(rows, dict) else rows)
     else:
-        from datasets import load_dataset, load_from_disk
-
+        datasets = importlib.import_module("datasets")
         if path.is_file():
-            splits = load_dataset(kind, data_files=source)
+            splits = datasets.load_dataset(kind, data_files=source)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # what save_to_disk wrote
-            splits = load_from_disk(source)
+            splits = datasets.load_from_disk(source)
         else:
-            splits = load_dataset(source) if path.exists() else load_dataset(*source.split(":"))
-        splits = splits if isinstance(splits, dict) else {"train": splits}
+            splits = datasets.load_dataset(*[source] if path.exists() else source.split(":"))
+    splits = splits if isinstance(splits, dict) else {"train": splits}
     train = [read_row(row) for row in splits["train"]]
     if found := [name for name in ("validation", "valid", "test", "valid1") if name in splits]:
         return train, [read_row(row) for row in splits[found[0]]]
     prompts = sorted({str(row["prompt"]) for row in train})
-    order = torch.randperm(len(prompts), generator=generator(seed, "held out")).tolist()
-    out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+    out = set(draw(prompts or [""], max(1, len(prompts) // 10), 0, seed, "held out"))
     return [[row for row in train if (str(row["prompt"]) in out) == side] for side in (False, True)]
 
 
@@ -272,10 +260,9 @@ def load_rows(source, kind, seed):
     prompt, chosen, rejected and batch ("pairs"). Rows that teach nothing (a text is empty, chosen = rejected) are dropped."""
     fields, result = ["prompt", "reference"] if kind == "reference" else ["prompt", "chosen", "rejected"], []
     with blame(f"{source}: cannot be read"):
-        made = [resolve(source, split=split, seed=seed) for split in ("train", "validation")]
-        splits = [[read_row(row) for row in rows()] for rows in made] if made[0] else read_source(source, seed)
+        splits = read_source(source, seed)
     for part, rows in zip(("training", "held-out"), splits):
-        for number, name in [(i, name) for i, row in enumerate(rows) for name in fields if not isinstance(row[name], str)][:1]:
+        for number, name in ((i, name) for i, row in enumerate(rows) for name in fields if not isinstance(row[name], str)):
             found = str(rows[number][name])[:40] + " (write messages out as text)" * isinstance(rows[number][name], list)
             stop(f"{source}: {part} row {number}: {name} must be text, not {found}; a row needs {', '.join(fields)}")
         texts = [{name: row[name].removesuffix("<|endoftext|>").strip() for name in fields} for row in rows]
@@ -297,8 +284,8 @@ def encode_query(prompt, tokenizer, length):
         if len(ids) <= length or not post:
             bos = ids[:1] if len(ids) > length and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
             return bos + ids[len(bos) - length :]
-        beyond = max(1, (len(ids) - length) // 4)  # a character is at most four tokens, its bytes
-        post = post[: post.rindex("\n")] if "\n" in post else post[:-beyond]
+        cut = post.rfind("\n")  # if there is none, characters go, each of which is at most four tokens, its bytes
+        post = post[: cut if cut >= 0 else -max(1, (len(ids) - length) // 4)]
 
 
 def encode_response(text, tokenizer, length):
@@ -308,12 +295,11 @@ def encode_response(text, tokenizer, length):
 
 
 def collate(queries, responses, T, device):
-    """Lists of ids -> a batch of rows query + response, padded on the right with token 0, which nothing reads:
-    {ids (B, L), response (B, T), query_len (B,), response_len (B,)}, all long, L the longest row."""
+    """Lists of ids -> {ids (B, L): query + response, response (B, T), query_len (B,), response_len (B,)}; 0 on the right."""
     rows = [query + response for query, response in zip(queries, responses)]
-    lengths = {"query_len": list(map(len, queries)), "response_len": list(map(len, responses))}
-    padded = {"ids": (rows, max(map(len, rows))), "response": (responses, T)}
-    lists = lengths | {name: [x + [0] * (width - len(x)) for x in ids] for name, (ids, width) in padded.items()}
+    lists = {"query_len": list(map(len, queries)), "response_len": list(map(len, responses))}
+    for name, ids, width in ("ids", rows, max(map(len, rows))), ("response", responses, T):
+        lists[name] = [x + [0] * (width - len(x)) for x in ids]
     return {name: torch.tensor(values, device=device) for name, values in lists.items()}
 
 
@@ -323,9 +309,15 @@ def encode(rows, fields, s, tokenizer, T):
     return collate(queries, [encode_response(row[name], tokenizer, T) for name in fields for row in rows], T, s.device)
 
 
+def whole(batch):
+    """The same rows, each as a response to its first token: SFT is trained on query and response alike."""
+    length = batch["query_len"] + batch["response_len"] - 1
+    return batch | {"response": batch["ids"][:, 1:], "query_len": torch.ones_like(length), "response_len": length}
+
+
 def micro_batches(batch, size, pairs=False):
-    """Yields (indices, batch of those rows), this process's share, by falling length: hardly any padding, and a batch that does
-    not fit into memory fails at once. With pairs, index i stands for the rows i and i + B/2."""
+    """Yields (indices, part of the batch), this process's share, longest rows first: little padding, and running out of memory
+    happens at once. With pairs, index i stands for the rows i and i + B/2."""
     lengths, (rank, processes) = batch["query_len"] + batch["response_len"], world()
     longest, size = (torch.max(*lengths.chunk(2)), max(1, size // 2)) if pairs else (lengths, size)
     for index in longest.argsort(descending=True, stable=True).split(size)[rank::processes]:
@@ -340,13 +332,11 @@ def draw(rows, size, update, seed, stream):
     return [rows[order(i // len(rows))[i % len(rows)]] for i in range(update * size, (update + 1) * size)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Models. Four roles from two frozen networks:    policy = SFT network + LoRA           reference = adapter off
-#                                                    critic = RM network + LoRA + head     reward    = adapter off, own head
+# ---- 3. Models ---------------------------------------------------------------------------------------------------------------
+# Four roles from two frozen networks:      policy = SFT network + LoRA           reference = adapter off
+#                                            critic = RM network + LoRA + head     reward    = adapter off, own head
 # With lora_r = 0 all weights are trained and the frozen twin is a copy. Networks stay in eval mode: with dropout two passes
 # over the same tokens would differ, and the ratio of the first epoch would not be 1.
-
-
 def load(loader, name, s, **kwargs):
     """loader.from_pretrained of a Hub name or a folder, or the result of a module:function. A model's own code is never run."""
     with blame(f"{name}: cannot be loaded"):
@@ -370,47 +360,37 @@ def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):
         network.base_model.load_state_dict(body.state_dict())
     network = network.to(s.device, dtype).eval()
     if cls is AutoModelForCausalLM:  # decoding pads on the left and keeps a cache: it must see what a plain pass sees
-        (body, head), ids, seen = body_and_head(network), torch.arange(3, device=s.device)[None], None
-        with torch.no_grad(), contextlib.suppress(AttributeError, TypeError, ValueError):
+        with torch.no_grad(), blame(f"--model {name}: cannot be used"):
+            (body, head), ids = body_and_head(network), torch.arange(3, device=s.device)[None]
             plain = network(ids[:, 1:], use_cache=False).logits[:, -1].float()
             states = next_states(body, ids, ids > 0, transformers.DynamicCache(config=body.config))
-            seen = (logits_of(head, states, 1.0) - plain).norm() < (1e-3 if dtype == torch.float32 else 5e-2) * plain.norm()
-        if not seen:
-            stop(f"--model {name}: cannot be used: left padding, or more than a linear head, changes its logits")
-
-    def recomputed(forward, *args, **kwargs):  # keeps a layer's input only. transformers' own switch needs train mode: dropout
-        again = functools.partial(torch.utils.checkpoint.checkpoint, forward, use_reentrant=False)
-        return (again if torch.is_grad_enabled() else forward)(*args, **kwargs)
-
-    for layer in network.modules() if s.checkpoint_activations else []:
+            if not (logits_of(head, states, 1.0) - plain).norm() < (1e-3 if dtype == torch.float32 else 5e-2) * plain.norm():
+                raise ValueError("left padding, or more than a linear head, changes its logits")
+    for layer in network.modules() if s.checkpoint_activations else []:  # transformers' own switch needs train mode: dropout
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = functools.partial(recomputed, layer.forward)
+            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     return network
 
 
 def add_lora(network, r, seed, role):
-    """LoRA on the projections that peft chooses for this architecture (query_key_value in Pythia, as in C), or on all linear
-    layers where it knows none. B starts at 0, so a fresh adapter changes nothing. Adapters are float32 in every network."""
-    from peft import LoraConfig, get_peft_model
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-    targets = None if network.config.model_type in KNOWN else "all-linear"
+    """LoRA, float32, on what peft chooses (query_key_value in Pythia, as in C), or on all linear layers. At first it adds 0."""
+    peft = importlib.import_module("peft")  # late, as datasets and rouge_score: slow to import
+    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    targets = None if network.config.model_type in known else "all-linear"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "lora", role).initial_seed())  # A is drawn from the global generator
-        return get_peft_model(network, LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, target_modules=targets)).eval()
+        return peft.get_peft_model(network, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets)).eval()
 
 
 def twin(network, s, role):
     """-> (trained, frozen): the network as it will be trained, and a context manager that gives it as it is now."""
-    if not s.lora_r:
-        original = copy.deepcopy(network).requires_grad_(False)
-        return network, lambda: contextlib.nullcontext(original)
-    trained = add_lora(network, s.lora_r, s.seed, role)
+    trained = add_lora(network, s.lora_r, s.seed, role) if s.lora_r else network
+    original = None if s.lora_r else copy.deepcopy(network).requires_grad_(False)
 
     @contextlib.contextmanager
     def frozen():
-        with trained.disable_adapter():
-            yield trained
+        with trained.disable_adapter() if s.lora_r else contextlib.nullcontext():
+            yield trained if s.lora_r else original
 
     return trained, frozen
 
@@ -458,20 +438,15 @@ def logits_of(head, states, temperature):
     return F.linear((states / temperature).to(head.weight.dtype), head.weight, bias).float()
 
 
-def on_mask(mask, x):
-    """(B, T), (n,) -> (B, T): x at the n places where the mask is 1, row by row, and 0 elsewhere."""
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
-
-
 def response_logprobs(network, batch, mask, temperature=1.0):
     """-> ln pi(a_t | s_t) and, while gradients are off, the entropy of pi(. | s_t): (B, T) float32, 0 outside the mask.
     Logits exist for the masked steps of one micro-batch only: 8 x 53 x 50k floats are 85 MB."""
-    body, head = body_and_head(network)
+    (body, head), zeros = body_and_head(network), torch.zeros(mask.shape, device=mask.device)
     logits = logits_of(head, states_before(body, batch, mask), temperature)
-    logprobs = on_mask(mask, -F.cross_entropy(logits, batch["response"][mask], reduction="none"))
+    logprobs = zeros.masked_scatter(mask, -F.cross_entropy(logits, batch["response"][mask], reduction="none"))
     if torch.is_grad_enabled():
         return logprobs, None
-    return logprobs, on_mask(mask, torch.distributions.Categorical(logits=logits).entropy())
+    return logprobs, zeros.masked_scatter(mask, torch.distributions.Categorical(logits=logits).entropy())
 
 
 def sequence_logprobs(network, batch, temperature=1.0):
@@ -482,7 +457,8 @@ def sequence_logprobs(network, batch, temperature=1.0):
 
 def response_values(critic, head, batch, mask):
     """V(s_t), (B, T) float32, 0 outside the mask. A sum of products: autocast would make a matrix product in bfloat16 of it."""
-    return on_mask(mask, (states_before(critic, batch, mask) * head.weight[0]).sum(-1) + head.bias)
+    values = (states_before(critic, batch, mask) * head.weight[0]).sum(-1) + head.bias
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
 def end_scores(backbone, head, batch):
@@ -491,68 +467,57 @@ def end_scores(backbone, head, batch):
     return response_values(backbone, head, batch, after).sum(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. The mathematics. Pure functions. Per-token tensors are (B, T) float32 over response positions; `mask` (B, T) is 1 on the
-# tokens that the policy sampled, EOS included. What is outside it, even NaN, never matters.
-
-
+# ---- 4. The mathematics: pure functions --------------------------------------------------------------------------------------
+# Per-token tensors are (B, T) float32 over response positions; `mask` (B, T) is 1 on the tokens that the policy sampled, EOS
+# included. What is outside it, even NaN, never matters.
 def bradley_terry_loss(chosen_scores, rejected_scores):
     """Eq. (1) under Bradley-Terry-Luce: mean of -log sigma(r(winner) - r(loser)). (B,), (B,) -> scalar."""
     return -F.logsigmoid(chosen_scores - rejected_scores).mean()
 
 
 def sample_reset_lengths(reference_lengths, beta, generator, include_zero=False):
-    """Alg. 1, line 3: how many tokens of its reference each rollout starts with. (B,) long -> (B,) long.
-    A row is reset with probability beta. A reset row's prefix is uniform on 1..n, n its reference's length without EOS
-    (as RollinProcessor in C; with `include_zero` on 0..n, as Alg. 3). An empty reference gives 0."""
-    n = reference_lengths.cpu()
+    """Alg. 1, line 3: how many tokens of its reference each rollout starts with. (B,) long -> (B,) long. With probability beta
+    uniform on 1..n, n the reference's length without EOS (RollinProcessor in C; `include_zero`: 0..n, Alg. 3), otherwise 0."""
+    n, low = reference_lengths.cpu(), 0 if include_zero else 1
     is_reset = torch.rand(len(n), generator=generator) < beta
-    low = 0 if include_zero else 1
     lengths = low + (torch.rand(len(n), generator=generator, dtype=torch.float64) * (n + 1 - low)).long()
     return torch.where(is_reset & (n > 0), lengths, 0).to(reference_lengths.device)
 
 
 def masked_mean(x, mask):
     """Mean of x where mask is 1. (B, T), (B, T) -> scalar."""
-    mask = mask.bool()
-    return torch.where(mask, x, 0.0).sum() / mask.sum()
+    return torch.where(mask.bool(), x, 0.0).sum() / mask.sum()
 
 
 def masked_whiten(x, mask, shift_mean=True):
     """Unit variance (biased, as in C) and, if shift_mean, zero mean over the mask; 0 elsewhere. (B, T), (B, T) -> (B, T)."""
     mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    whitened = (x - mean) * torch.rsqrt(variance + 1e-8) + (0.0 if shift_mean else mean)
-    return torch.where(mask.bool(), whitened, 0.0)
+    whitened = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    return torch.where(mask.bool(), whitened + (0.0 if shift_mean else mean), 0.0)
 
 
 def penalised_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """r_t = -kl_coef * ln(pi(a_t|s_t) / pi_SFT(a_t|s_t)), and the score, (B,), at the last token in the mask -> (B, T)."""
-    mask = mask.bool()
-    penalty = torch.where(mask, -kl_coef * (logprobs - ref_logprobs), 0.0)
-    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # from here on one in the mask, this one
+    penalty = torch.where(mask.bool(), -kl_coef * (logprobs - ref_logprobs), 0.0)
+    is_last = mask.bool() & (mask.flip(1).cumsum(1).flip(1) == 1)  # from here on one in the mask, this one
     return penalty + torch.where(is_last, scores[:, None], 0.0)
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16); the value after the last token in the mask is 0.
-    delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t.
-    (B, T) each -> advantages, returns, both 0 outside the mask."""
+    """GAE (Schulman et al. 2016, eq. 16), (B, T) each -> advantages, returns, 0 outside the mask. The value after its end is 0:
+    delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t."""
     mask = mask.bool()
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)
-        next_value = values[:, t]
-        advantages[:, t] = next_advantage
+    delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    advantages, following = torch.zeros_like(delta), 0.0
+    for t in reversed(range(delta.shape[1])):
+        advantages[:, t] = following = torch.where(mask[:, t], delta[:, t] + gamma * lam * following, 0.0)
     return advantages, advantages + values
 
 
 def rloo_advantages(returns, group):
-    """REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, arXiv 2402.14740): each return minus the mean of the
-    group - 1 others. (B,) -> (B,); rows i * group .. (i + 1) * group - 1 started from the same state."""
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740): each return minus the mean of the group - 1 others from
+    the same state, which are neighbours. (B,) -> (B,)."""
     grouped = returns.view(-1, group)
     return ((grouped - grouped.mean(1, keepdim=True)) * group / (group - 1)).view(-1)
 
@@ -574,8 +539,8 @@ def ppo_value_loss(values, old_values, returns, mask, cliprange_value):
     """0.5 mean max((V - R)^2, (clip(V, V_old +- eps) - R)^2), C's drpo.py, lines 866-874. (B, T) -> (loss, clipfrac)."""
     clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
     plain_error, clipped_error = [torch.where(mask.bool(), v - returns, 0.0) ** 2 for v in (values, clipped)]
-    loss = 0.5 * masked_mean(torch.max(plain_error, clipped_error), mask)
-    return loss, masked_mean((clipped_error > plain_error).float(), mask)
+    clipfrac = masked_mean((clipped_error > plain_error).float(), mask)
+    return 0.5 * masked_mean(torch.max(plain_error, clipped_error), mask), clipfrac
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
@@ -584,10 +549,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     return -F.logsigmoid(margins).mean(), margins
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Rollouts with dataset resets.
-
-
+# ---- 5. Rollouts with dataset resets -----------------------------------------------------------------------------------------
 def token_mask(reset_len, response_len, T):
     """(B,), (B,) -> (B, T) bool: the tokens that the policy sampled itself, EOS included. The one mask of everything."""
     t = torch.arange(T, device=reset_len.device)
@@ -603,10 +565,9 @@ def next_states(body, tokens, mask, cache):
 
 @torch.no_grad()
 def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
-    """Alg. 1, line 4: reset to query + prefix, then let the policy finish. -> B lists of at most T ids, prefix included.
-    The prefix is fed with the query, so only the rest is decoded. Token t of row i is the inverse of the policy's cumulative
-    distribution at uniforms[i, t] in [0, 1): the same token whichever rows are decoded beside it, and paired samples across
-    methods. queries, prefixes: B lists of ids; uniforms (B, T)."""
+    """Alg. 1, line 4: reset to query + prefix, both lists of B lists of ids, and let the policy finish -> B lists of at most T
+    ids, prefix included. The prefix is fed with the query, so only the rest is decoded. Token t of row i is the inverse of the
+    policy's cumulative distribution at uniforms[i, t] in [0, 1), (B, T): the same whichever rows are decoded beside it."""
     (body, head), T, (rank, processes), responses = body_and_head(policy), uniforms.shape[1], world(), list(map(list, prefixes))
     mine = sorted(range(len(queries)), key=lambda i: -len(prefixes[i]))[rank::processes]
     for first in range(0, len(mine), 8 * s.micro_batch):
@@ -615,20 +576,18 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
         Q = max(map(len, starts))
         tokens = torch.tensor([[0] * (Q - len(ids)) + ids for ids in starts], device=s.device)
         mask = torch.arange(Q, device=s.device) >= torch.tensor([[Q - len(ids)] for ids in starts], device=s.device)
-        while True:
+        while rows:
             cdf = logits_of(head, next_states(body, tokens, mask, cache), temperature).softmax(-1).cumsum(-1)
             u = uniforms[rows, [len(responses[i]) for i in rows]].to(cdf)[:, None]
             tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.shape[1] - 1)  # u * cdf may round up
             for i, token in zip(rows, tokens[:, 0].tolist()):
                 responses[i].append(token)
             left = [k for k, i in enumerate(rows) if responses[i][-1] != tokenizer.eos_token_id and len(responses[i]) < T]
-            if not left:
-                break
-            if len(left) < len(rows):  # rows that have ended leave
+            if 0 < len(left) < len(rows):  # rows that have ended leave
                 keep = torch.tensor(left, device=s.device)
                 cache.batch_select_indices(keep)
-                rows, tokens, mask = [rows[k] for k in left], tokens[keep], mask[keep]
-            mask = F.pad(mask, (0, 1), value=True)
+                tokens, mask = tokens[keep], mask[keep]
+            rows, mask = [rows[k] for k in left], F.pad(mask, (0, 1), value=True)
     if processes > 1:
         parts = [None] * processes
         dist.all_gather_object(parts, {i: responses[i] for i in mine})
@@ -637,38 +596,32 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
 
 
 def reset_rollouts(roles, rows, update, tokenizer, s):
-    """Alg. 1, lines 3 and 4: the rollouts of one update -> a batch as of `collate` with reset_len (B,) and has_eos (B,).
-    Rows, resets and uniforms depend on seed and update number alone. With RLOO, `group` rollouts share their start."""
+    """Alg. 1, lines 3 and 4: an update's rollouts, drawn by seed and update number -> a batch, with reset_len, has_eos (B,)."""
     K, T, rng = s.group if s.advantages == "rloo" else 1, s.response_length, generator(s.seed, "rollout", update)
-    episodes, eos = draw(rows, s.batch_size // K, update, s.seed, "rl"), tokenizer.eos_token_id
-    queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in episodes]
+    rows, eos = draw(rows, s.batch_size // K, update, s.seed, "rl"), tokenizer.eos_token_id
+    references = [encode_response(row["reference"], tokenizer, T) for row in rows]
     if s.reset_to == "sft":
-        uniforms = torch.rand(len(episodes), T, generator=generator(s.seed, "roll-in", update))
         with roles.reference() as network:
-            references = rollout(network, queries, [[]] * len(queries), uniforms, tokenizer, s, s.temperature)
-    else:
-        references = [encode_response(row["reference"], tokenizer, T) for row in episodes]
+            references = sample(network, rows, s, tokenizer, s.temperature, ("roll-in", update))
     references = [[token for token in ids if token != eos][: T - 1] for ids in references]
-    reset_len = sample_reset_lengths(torch.tensor([len(ids) for ids in references]), s.beta, rng, s.reset_include_prompt)
-    starts = [(query, ids[:n]) for query, ids, n in zip(queries, references, reset_len.tolist()) for _ in range(K)]
-    queries, prefixes = map(list, zip(*starts))
-    responses = rollout(roles.policy, queries, prefixes, torch.rand(len(starts), T, generator=rng), tokenizer, s, s.temperature)
+    reset_len = sample_reset_lengths(torch.tensor(list(map(len, references))), s.beta, rng, s.reset_include_prompt)
+    prefixes = [ids[:n] for ids, n in zip(references, reset_len.tolist()) for _ in range(K)]
+    queries = [ids for row in rows for ids in [encode_query(row["prompt"], tokenizer, s.query_length)] * K]
+    uniforms = torch.rand(len(queries), T, generator=rng)
+    responses = rollout(roles.policy, queries, prefixes, uniforms, tokenizer, s, s.temperature)
     has_eos = torch.tensor([ids[-1] == eos for ids in responses], device=s.device)
     reset_len = reset_len.repeat_interleave(K).to(s.device)
     return collate(queries, responses, T, s.device) | {"reset_len": reset_len, "has_eos": has_eos}
 
 
-def sample(network, rows, s, tokenizer, temperature):
-    """-> one response (list of ids) per row, from the bare prompt, with the same uniforms for every method."""
-    uniforms = torch.rand(len(rows), s.response_length, generator=generator(s.seed, "evaluation"))
+def sample(network, rows, s, tokenizer, temperature, key=("evaluation",)):
+    """-> one response (list of ids) per row, from the bare prompt, with uniforms that depend on seed and key alone."""
+    uniforms = torch.rand(len(rows), s.response_length, generator=generator(s.seed, *key))
     queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows]
     return rollout(network, queries, [[]] * len(rows), uniforms, tokenizer, s, temperature)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. The loop around every stage: optimizer, schedule, precision, log, checkpoint.
-
-
+# ---- 6. The loop around every stage: optimizer, schedule, precision, log, checkpoint -----------------------------------------
 def precision(s):
     """Autocast: matrix products are in s.dtype; log-softmax, losses, values, scores, trained weights, AdamW's state float32."""
     return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
@@ -682,49 +635,43 @@ def make_optimizer(modules, lr):
 def training(stage, updates, lr, modules, s):
     """Yields (update, optimizer, metrics) for each update still to do; what the body puts into `metrics` is logged.
     The learning rate falls linearly from lr to lr / updates. A checkpoint is trained weights, optimizer state and a number: all
-    draws depend on seed and update number, so resuming is exact to the bit on a CPU. SIGTERM, SIGINT and SIGHUP let the update
-    end, save, and exit with status 0."""
+    draws depend on seed and update number, so resuming is exact to the bit on a CPU. Signals let the update end and save it."""
     params, asked = {name: p for name, p in modules.named_parameters() if p.requires_grad}, []
     optimizer, folder, done, is_first = make_optimizer(modules, lr), Path(s.run_dir) / stage, 0, world()[0] == 0
-    checkpoint, log = folder / "checkpoint.pt", folder / "metrics.jsonl"
+    checkpoint, log = folder / "checkpoint.pt", folder / "metrics.jsonl" if is_first else Path(os.devnull)
     if checkpoint.exists():
         with blame(f"{checkpoint}: cannot be read; delete it to train {stage} from the start"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
             for name, p in params.items():
                 p.data.copy_(saved["params"][name])
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(saved["moments"]))})
+            optimizer.load_state_dict(saved["optimizer"])
             done = saved["update"]
         print(f"{stage}: resumes after update {done}")
-    if is_first:
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if log.exists() else "")
-    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-    handlers = [signal.signal(number, lambda number, _: asked.append(number)) for number in signals]
-    bar = tqdm(range(done, updates), initial=done, total=updates, desc=f"{stage:4}", unit="update", disable=not is_first)
-    try:
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if log.exists() else "")
+    with contextlib.ExitStack() as handlers:
+        for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:  # Windows has no SIGHUP
+            handlers.callback(signal.signal, number, signal.signal(number, lambda number, _: asked.append(number)))
+        bar = tqdm(range(done, updates), stage, updates, initial=done, unit="update", disable=not is_first)
         for update in bar:
             metrics, began = {"update": update + 1, "lr": lr * (1 - update / updates)}, time.perf_counter()
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             yield update, optimizer, metrics
             metrics["seconds"] = time.perf_counter() - began
             bar.set_postfix({k: f"{metrics[k]:.3g}" for k in ("loss", "accuracy", "score", "kl") if k in metrics})
+            with log.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
             stopping = summed(torch.tensor(len(asked))).item() > 0
-            if is_first:
-                with log.open("a") as file:
-                    file.write(json.dumps(metrics) + "\n")
             if (update + 1) % s.save_every == 0 or update + 1 == updates or stopping:
-                moments = [{k: x.cpu() for k, x in optimizer.state[p].items()} for p in params.values()]
-                weights = {name: p.detach().cpu() for name, p in params.items()}
-                save_whole({"params": weights, "moments": moments, "update": update + 1}, checkpoint)
-            if stopping and update + 1 < updates:
+                weights = {name: p.detach() for name, p in params.items()}
+                save_whole({"params": weights, "optimizer": optimizer.state_dict(), "update": update + 1}, checkpoint)
+            if stopping:
                 stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command resumes", 0)
-    finally:
-        for number, handler in zip(signals, handlers):
-            signal.signal(number, handler)
 
 
 def save_whole(value, path):
     """Written beside, flushed, renamed: whenever the process dies, the file is the old one or the new one."""
     if world()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".new").open("wb") as file:
             torch.save(value, file) if path.suffix == ".pt" else file.write(json.dumps(value, indent=1).encode())
             file.flush()
@@ -741,51 +688,45 @@ def step(optimizer, s, where, batch):
     norm = nn.utils.clip_grad_norm_(params, s.max_grad_norm or math.inf)
     if not torch.isfinite(norm):
         path = Path(s.run_dir) / where.split()[0] / "bad_batch.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_whole({name: x.cpu() for name, x in batch.items()}, path)
         bad = [name for name, x in batch.items() if x.is_floating_point() and not x.isfinite().all()]
         stop(f"{where}: {', '.join(['the gradient', *bad])}: not finite; no step was taken. The batch is in {path}", 3)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm.item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Stages.
-
-
-def fit(stage, rows, fields, T, modules, loss_of, updates, lr, size, s, tokenizer):
-    """SFT, reward model, DPO: the mean over tokens of rows, or over pairs (two fields), of loss_of(batch) -> (loss, margins).
-    modules: {name: what is trained}; updates: 0 is one epoch."""
-
-    def weight(batch):  # pairs, or tokens but for each row's first
-        return len(batch["ids"]) / 2 if len(fields) == 2 else (batch["query_len"] + batch["response_len"] - 1).sum()
-
-    for update, optimizer, metrics in training(stage, updates or max(1, len(rows) // size), lr, nn.ModuleDict(modules), s):
+# ---- 7. The stages -----------------------------------------------------------------------------------------------------------
+def fit(stage, modules, loss_of, s, tokenizer):
+    """SFT, reward model, DPO: the mean, over tokens or over pairs, of loss_of(batch) -> [loss] or [loss, accuracy]."""
+    source, kind, fields, T = s.preference_dataset, "pairs", ["chosen", "rejected"], s.preference_length
+    if stage == "sft":
+        source, kind, fields, T = s.dataset, "reference", ["reference"], s.response_length
+    rows, lr, size = load_rows(source, kind, s.seed)[0], getattr(s, f"{stage}_lr"), getattr(s, f"{stage}_batch_size")
+    updates = (s.updates if stage == "dpo" else getattr(s, f"{stage}_steps")) or max(1, len(rows) // size)
+    for update, optimizer, metrics in training(stage, updates, lr, nn.ModuleDict(modules), s):
         batch = encode(draw(rows, size, update, s.seed, stage), fields, s, tokenizer, T)
-        total = torch.zeros(len(fields), device=s.device)  # loss; of pairs, also the share in the right order
-        for _, part in micro_batches(batch, s.micro_batch, len(fields) == 2):
-            loss, margins = loss_of(part)
-            share = weight(part) / weight(batch)  # summed over micro-batches: the mean over the whole batch
-            (loss * share).backward()
-            total += torch.stack([loss.detach(), (margins > 0).float().mean()])[: len(fields)] * share
-        metrics |= dict(zip(("loss", "accuracy"), summed(total).tolist()))
+        weighed, figures = whole(batch) if stage == "sft" else batch, torch.zeros(len(fields), device=s.device)
+        for i, part in micro_batches(weighed, s.micro_batch, kind == "pairs"):
+            loss, *accuracy = loss_of(part)
+            share = len(i) / size if accuracy else part["response_len"].sum() / weighed["response_len"].sum()
+            (loss * share).backward()  # summed over micro-batches: the mean over the whole batch
+            figures += torch.stack([loss.detach(), *accuracy]) * share
+        metrics |= dict(zip(("loss", "accuracy"), summed(figures).tolist()))
         metrics["grad_norm"] = step(optimizer, s, f"{stage} update {update + 1}", batch)
 
 
 def train_sft(s):
     """Supervised fine-tuning: cross-entropy over query and response, as in C's sft.py."""
-    rows, held_out = load_rows(s.dataset, "reference", s.seed)
     tokenizer, network = load_tokenizer(s.tokenizer or s.model, s), load_network(s.model, s, trained=not s.supervised_lora_r)
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
     rope, room = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", math.inf)
     if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond it, states depend on the longest row of a pass
         room = rope.get("original_max_position_embeddings", room)
-    if longest > room or len(tokenizer) > config.vocab_size:
-        stop(
-            f"--model {s.model}: has room for {room} tokens, rows may have {longest}; embeds {config.vocab_size} tokens, "
-            f"--tokenizer has {len(tokenizer)}"
-        )
+    if longest > room:
+        stop(f"--model {s.model}: has room for {room} tokens, rows may have {longest}")
+    if len(tokenizer) > config.vocab_size:
+        stop(f"--tokenizer has {len(tokenizer)} tokens, --model {s.model} embeds {config.vocab_size}")
     if shutil.disk_usage(s.run_dir).free < sum(p.numel() for p in network.parameters()) * (4 if s.supervised_lora_r else 28):
         stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
     if s.lora_r:  # tried now, not after the supervised stages
@@ -797,30 +738,18 @@ def train_sft(s):
     network.config.update(ends)
     network.generation_config = transformers.GenerationConfig(**ends)
     network = add_lora(network, s.supervised_lora_r, s.seed, "sft") if s.supervised_lora_r else network
-
-    def token_losses(part):
-        """-> (B, L-1) float32: -ln pi of every token but each row's first, 0 on the padding."""
-        is_target = torch.arange(1, part["ids"].shape[1], device=s.device) < (part["query_len"] + part["response_len"])[:, None]
-        (body, head), targets = body_and_head(network), part["ids"][:, 1:][is_target]
-        states = body(input_ids=part["ids"], use_cache=False).last_hidden_state[:, :-1][is_target].float()
-        return on_mask(is_target, F.cross_entropy(logits_of(head, states, 1.0), targets, reduction="none"))
-
-    def loss_of(part):
-        return token_losses(part).sum() / (part["query_len"] + part["response_len"] - 1).sum(), part["ids"]
-
-    given = {"policy": network}, loss_of, s.sft_steps, s.sft_lr, s.sft_batch_size
-    fit("sft", rows, ["reference"], s.response_length, *given, s, tokenizer)
+    fit("sft", {"policy": network}, lambda x: [-sequence_logprobs(network, x).sum() / x["response_len"].sum()], s, tokenizer)
     save_network(network, tokenizer, Path(s.run_dir) / "sft")
-    some = draw(held_out, min(s.eval_samples, len(held_out)), 0, s.seed, "eval")
-    losses = per_row(lambda part: token_losses(part).sum(1), some, None, s, tokenizer)
-    counts = per_row(lambda part: part["query_len"] + part["response_len"] - 1, some, None, s, tokenizer)
-    texts = tokenizer.batch_decode(sample(network, some, s, tokenizer, s.eval_temperature), skip_special_tokens=True)
-    return {"held_out_loss": (losses.sum() / counts.sum()).item(), "rouge_l": mean(rouge(texts, some, "rougeL"))}
+    rows = load_rows(s.dataset, "reference", s.seed)[1]
+    rows = draw(rows, min(s.eval_samples, len(rows)), 0, s.seed, "eval")
+    losses = per_row(lambda x: -sequence_logprobs(network, whole(x)), rows, None, s, tokenizer)
+    counts = per_row(lambda x: whole(x)["response_len"], rows, None, s, tokenizer)
+    texts = tokenizer.batch_decode(sample(network, rows, s, tokenizer, s.eval_temperature), skip_special_tokens=True)
+    return {"held_out_loss": (losses.sum() / counts.sum()).item(), "rouge_l": mean(rouge(texts, rows, "rougeL"))}
 
 
 def train_rm(s):
     """Alg. 1, line 1. The reward model: the SFT network with a scalar head read at the last token, fitted by Eq. (1)."""
-    rows, held_out = load_rows(s.preference_dataset, "pairs", s.seed)
     tokenizer, start = load_tokenizer(f"{s.run_dir}/sft", s), s.rm_model or f"{s.run_dir}/sft"
     model = load_network(start, s, AutoModelForSequenceClassification, not s.supervised_lora_r, num_labels=1)
     weight = torch.randn(model.score.weight.shape, generator=generator(s.seed, "rm head"))
@@ -830,52 +759,49 @@ def train_rm(s):
 
     def loss_of(part):
         chosen, rejected = end_scores(backbone, head, part).chunk(2)
-        return bradley_terry_loss(chosen, rejected), chosen - rejected
+        return bradley_terry_loss(chosen, rejected), (chosen > rejected).float().mean()
 
-    given = {"reward": backbone, "head": head}, loss_of, s.rm_steps, s.rm_lr, s.rm_batch_size
-    fit("rm", rows, ["chosen", "rejected"], s.preference_length, *given, s, tokenizer)
+    fit("rm", {"reward": backbone, "head": head}, loss_of, s, tokenizer)
     backbone = backbone.merge_and_unload() if s.supervised_lora_r else backbone
-    pairs, by_batch = draw(held_out, min(2000, len(held_out)), 0, s.seed, "rm held out"), {}
-    batch, margins = encode(pairs, ["chosen", "rejected"], s, tokenizer, s.preference_length), torch.zeros(len(pairs))
-    with torch.no_grad():
-        for index, part in micro_batches(batch, s.micro_batch, pairs=True):
-            margins[index.cpu()] = loss_of(part)[1].cpu()
-    right, references = (summed(margins) > 0).tolist(), load_rows(s.dataset, "reference", s.seed)[0]
+    score, references = functools.partial(end_scores, backbone, head), load_rows(s.dataset, "reference", s.seed)[0]
     references = draw(references, min(2048, len(references)), 0, s.seed, "bias")
-    scores = per_row(lambda part: end_scores(backbone, head, part), references, None, s, tokenizer)
-    model.score.weight.data.copy_(head.weight)
+    scores, model.score.weight.data = per_row(score, references, None, s, tokenizer), head.weight.data
     model.config.reward_bias = scores.mean().item()  # N+ detail 15: references score 0 on average
     model.config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     save_network(model, tokenizer, Path(s.run_dir) / "rm")
-    for hit, pair in zip(right, pairs):  # N+ detail 16: accuracy differs by labelling batch
+    pairs, by_batch = load_rows(s.preference_dataset, "pairs", s.seed)[1], {}
+    pairs = draw(pairs, min(2000, len(pairs)), 0, s.seed, "rm held out")
+    texts = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
+    responses = [encode_response(text, tokenizer, s.preference_length) for text in texts]
+    chosen, rejected = per_row(score, pairs * 2, responses, s, tokenizer).chunk(2)
+    for hit, pair in zip((chosen > rejected).tolist(), pairs):  # N+ detail 16: accuracy differs by labelling batch
         by_batch.setdefault(pair["batch"] or "all", []).append(hit)
-    by_batch = {name: {"accuracy": mean(hits), "pairs": len(hits)} for name, hits in by_batch.items()}
-    return {"accuracy": mean(right), "accuracy_ci95": wilson(right), "accuracy_by_batch": by_batch, "pairs": len(right)}
+    figures = {"accuracy_by_batch": {k: {"accuracy": mean(hits), "pairs": len(hits)} for k, hits in by_batch.items()}}
+    return figures | {"accuracy": mean(chosen > rejected), "accuracy_ci95": wilson(chosen > rejected), "pairs": len(pairs)}
 
 
 def train_dpo(s):
     """Direct preference optimization, from the SFT network, on the pairs that the reward model was fitted on."""
-    rows, tokenizer = load_rows(s.preference_dataset, "pairs", s.seed)[0], load_tokenizer(f"{s.run_dir}/sft", s)
-    policy, reference = twin(load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r), s, "dpo")
+    tokenizer, network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
+    policy, reference = twin(network, s, "dpo")
 
     def loss_of(part):
         with torch.no_grad(), reference() as network:
-            ref = sequence_logprobs(network, part).chunk(2)
-        return dpo_loss(*sequence_logprobs(policy, part).chunk(2), *ref, s.dpo_beta)
+            ref_logprobs = sequence_logprobs(network, part).chunk(2)
+        loss, margins = dpo_loss(*sequence_logprobs(policy, part).chunk(2), *ref_logprobs, s.dpo_beta)
+        return loss, (margins > 0).float().mean()
 
-    given = {"policy": policy}, loss_of, s.updates, s.dpo_lr, s.dpo_batch_size
-    fit("dpo", rows, ["chosen", "rejected"], s.preference_length, *given, s, tokenizer)
+    fit("dpo", {"policy": policy}, loss_of, s, tokenizer)
     save_network(policy, tokenizer, Path(s.run_dir) / "dpo")
 
 
 def build_roles(sft_network, reward_model, s):
-    """SFT network, (backbone, head) of the reward model -> roles. `reference` and `reward` are context managers that give the
-    frozen network. With RLOO there is no critic."""
+    """SFT network, (backbone, head) -> roles. `reference` and `reward` are contexts that give a frozen network."""
     backbone, reward_head = reward_model
     roles = SimpleNamespace(reward_head=reward_head, critic=None, value_head=None)
     roles.policy, roles.reference = twin(sft_network, s, "policy")
     roles.reward = lambda: contextlib.nullcontext(backbone)
-    if s.advantages == "gae":  # the critic starts as the reward model, head and all
+    if s.advantages == "gae":  # the critic starts as the reward model, head and all; RLOO has none
         roles.critic, roles.reward = twin(backbone, s, "critic")
         roles.value_head = copy.deepcopy(reward_head).requires_grad_(True)
     return roles
@@ -883,18 +809,18 @@ def build_roles(sft_network, reward_model, s):
 
 def train_drpo(s, stage="drpo"):
     """Algorithm 1 with PPO as its policy optimizer. PPO itself is this function at beta = 0."""
-    references, is_gae = load_rows(s.dataset, "reference", s.seed)[0], s.advantages == "gae"
+    s, references = dataclasses.replace(s, beta=0.0) if stage == "ppo" else s, load_rows(s.dataset, "reference", s.seed)[0]
     rows = load_rows(s.preference_dataset, "reference", s.seed)[0] if s.reset_to == "chosen" else references  # D_TR
-    tokenizer, sft_network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
-    roles = build_roles(sft_network, load_reward(f"{s.run_dir}/rm", s, trained=is_gae and not s.lora_r), s)
+    tokenizer, network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
+    roles = build_roles(network, load_reward(f"{s.run_dir}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
+    references = draw(references, min(256, len(references)), 0, s.seed, "check")
     with roles.reward() as network:  # self-check: the reward model sees the references as in training
-        some = draw(references, min(256, len(references)), 0, s.seed, "check")
-        scores = per_row(lambda part: end_scores(network, roles.reward_head, part), some, None, s, tokenizer)
-    error = scores.std(correction=0).item() / math.sqrt(len(some))
+        scores = per_row(functools.partial(end_scores, network, roles.reward_head), references, None, s, tokenizer)
+    error = scores.std(correction=0).item() / math.sqrt(len(scores))
     tqdm.write(f"check: SFT references score {scores.mean():.2f} +- {error:.2f} (standard error); it should be 0")
     if not abs(scores.mean()) < 5 * error + (1e-4 if s.dtype == "float32" else 0.1):
         stop("the reward model does not see the references as it was trained on them", 3)
-    modules = nn.ModuleDict({k: x for k in ("policy", "critic", "value_head") if (x := getattr(roles, k)) is not None})
+    modules = nn.ModuleDict({name: getattr(roles, name) for name in ("policy", "critic", "value_head")})
     for update, optimizer, metrics in training(stage, s.updates or max(1, len(rows) // s.batch_size), s.lr, modules, s):
         metrics |= drpo_update(roles, optimizer, rows, update, tokenizer, s, f"{stage} update {update + 1}")
     save_network(roles.policy, tokenizer, Path(s.run_dir) / stage)
@@ -949,38 +875,35 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
     for epoch in range(s.epochs):
         for i, part in micro_batches(batch, s.micro_batch):
-            part_logprobs, _ = response_logprobs(roles.policy, part, mask[i], s.temperature)
-            loss, _ = ppo_policy_loss(part_logprobs, logprobs[i], advantages[i], mask[i], s.cliprange)
-            new_logprobs[epoch, i] = part_logprobs.detach()
+            new_logprobs_i, _ = response_logprobs(roles.policy, part, mask[i], s.temperature)
+            loss, _ = ppo_policy_loss(new_logprobs_i, logprobs[i], advantages[i], mask[i], s.cliprange)
+            new_logprobs[epoch, i] = new_logprobs_i.detach()
             if is_gae:
-                part_values = response_values(roles.critic, roles.value_head, part, mask[i])
-                loss += s.vf_coef * ppo_value_loss(part_values, values[i], returns[i], mask[i], s.cliprange_value)[0]
-                new_values[epoch, i] = part_values.detach()
+                new_values_i = response_values(roles.critic, roles.value_head, part, mask[i])
+                loss += s.vf_coef * ppo_value_loss(new_values_i, values[i], returns[i], mask[i], s.cliprange_value)[0]
+                new_values[epoch, i] = new_values_i.detach()
             (loss * mask[i].sum() / mask.sum()).backward()  # summed over micro-batches: the mean over all tokens of the batch
         drift = log_ratio(summed(new_logprobs[epoch]), logprobs, mask).abs().max().item()
         if epoch == 0 and drift > tolerance:  # False for NaN, which `step` catches
             stop(f"{where}: the policy differs from the one that was scored by {drift:.1e} nats before any step", 3)
-        grad_norm = step(optimizer, s, where, batch | seen)
+        norm = step(optimizer, s, where, batch | seen)
     laps.append(lap(s))
 
     m = mask.expand(s.epochs, B, T)  # losses and ratios: means over the epochs
     pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, m, s.cliprange)
     log_rho = log_ratio(new_logprobs, logprobs, m)[m]
-    figures = {"score": scores.mean(), "kl": kl.sum(1).mean(), "entropy": masked_mean(entropy, mask), "loss": pg_loss}
-    figures |= {"pg_loss": pg_loss, "clipfrac": clipfrac, "grad_norm": grad_norm, "ratio": log_rho.exp().mean()}
-    figures |= {"approx_kl": (log_rho.exp() - 1 - log_rho).mean(), "eos_rate": has_eos.float().mean()}  # Schulman's k3
-    figures |= {
-        "response_tokens": batch["response_len"].float().mean(),
-        "reset_share": reset_share,
-        "tokens_decoded": mask.sum(),
-    }
+    approx_kl = (log_rho.exp() - 1 - log_rho).mean()  # Schulman's k3
+    metrics = {"score": scores.mean(), "kl": kl.sum(1).mean(), "entropy": masked_mean(entropy, mask), "approx_kl": approx_kl}
+    metrics |= {"loss": pg_loss, "pg_loss": pg_loss, "clipfrac": clipfrac, "ratio": log_rho.exp().mean(), "grad_norm": norm}
+    metrics |= {"response_tokens": batch["response_len"].float().mean(), "eos_rate": has_eos.float().mean()}
+    metrics |= {"reset_share": reset_share, "tokens_decoded": mask.sum()}
     if is_gae:
         vf_loss, vf_clipfrac = ppo_value_loss(summed(new_values), values, returns, m, s.cliprange_value)
-        figures |= {"vf_loss": vf_loss, "vf_clipfrac": vf_clipfrac, "loss": pg_loss + s.vf_coef * vf_loss}
-        figures["explained_variance"] = 1 - raw_advantages[mask].var() / returns[mask].var()
+        metrics |= {"vf_loss": vf_loss, "vf_clipfrac": vf_clipfrac, "loss": pg_loss + s.vf_coef * vf_loss}
+        metrics["explained_variance"] = 1 - raw_advantages[mask].var() / returns[mask].var()
     for phase, (start, _), (end, gb) in zip(("rollout", "score", "update"), laps, laps[1:]):
-        figures |= {f"seconds_{phase}": end - start} | ({f"gb_{phase}": gb} if gb else {})
-    return {name: float(value) for name, value in figures.items()}
+        metrics |= {f"seconds_{phase}": end - start} | ({f"gb_{phase}": gb} if gb else {})
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def lap(s):
@@ -993,30 +916,25 @@ def lap(s):
     return time.perf_counter(), peak
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Evaluation: every finished method on the same held-out prompts.
-
-
+# ---- 8. Evaluation: every finished method on the same held-out prompts -------------------------------------------------------
 @torch.no_grad()
 def per_row(function, rows, responses, s, tokenizer):
     """function(batch) -> (B,), over all rows with these responses (lists of ids; None: references) -> (rows,), on the CPU."""
     responses = responses or [encode_response(row["reference"], tokenizer, s.response_length) for row in rows]
     queries, out = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows], torch.zeros(len(rows))
-    for index, part in micro_batches(collate(queries, responses, s.response_length, s.device), s.micro_batch):
+    batch = collate(queries, responses, max(s.response_length, s.preference_length), s.device)
+    for index, part in micro_batches(batch, s.micro_batch):
         out[index.cpu()] = function(part).float().cpu()
     return summed(out)
 
 
 def rouge(texts, rows, kind):
     """ROUGE F1 with stemming, per text; None where most letters of the reference are not ASCII, which its tokenizer drops."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer, letters = (
-        RougeScorer([kind], use_stemmer=True),
-        [[c.isascii() for c in x["reference"] if c.isalpha()] for x in rows],
-    )
-    scores = [scorer.score(row["reference"], text)[kind].fmeasure for text, row in zip(texts, rows)]
-    return [score if 2 * sum(known) > len(known) else None for score, known in zip(scores, letters)]
+    scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=True)
+    references = [row["reference"] for row in rows]
+    known = [mean(letter.isascii() for letter in reference if letter.isalpha()) for reference in references]
+    scores = [scorer.score(reference, text)[kind].fmeasure for reference, text in zip(references, texts)]
+    return [score if share and share > 0.5 else None for score, share in zip(scores, known)]
 
 
 def mean(values):
@@ -1038,8 +956,7 @@ def find_judge(s):
     """-> judge(prompts, a, b) -> [P(a is preferred), or None, ...], from lists of texts; or the folder of a reward model."""
     if s.judge == "rm" or (s.judge.startswith("rm:") and Path(s.judge[3:], "rm", "config.json").exists()):
         return Path(s.judge[3:] or s.run_dir, "rm")
-    what = "rm, rm:RUN_DIR (with a reward model) or module:function; for an API: python -m tools.judge"
-    return resolve(s.judge) or stop(f"--judge {s.judge}: must be {what}")
+    return resolve(s.judge) or stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR or module:function. API: python -m tools.judge")
 
 
 def evaluate(s):
@@ -1049,27 +966,25 @@ def evaluate(s):
     rows = draw(rows, min(s.eval_samples, len(rows)), 0, s.seed, "eval")
     sft, reward_model = load_network(f"{run}/sft", s), load_reward(run / "rm", s)
     judge_model = load_reward(judge, s) if isinstance(judge, Path) else None
-
-    def measure(function, responses):
-        return per_row(function, rows, responses, s, tokenizer)
+    measure = functools.partial(per_row, rows=rows, s=s, tokenizer=tokenizer)
 
     def scores_of(model, responses):  # of token ids; a response that does not end scores as in training
         ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in responses])
-        return torch.where(ended, measure(lambda part: end_scores(*model, part), responses), s.missing_eos_score)
+        return torch.where(ended, measure(functools.partial(end_scores, *model), responses=responses), s.missing_eos_score)
 
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     for method in tqdm([stage for stage in USES if stage != "rm" and finished(s, stage)], desc="eval", unit="method"):
         network = sft if method == "sft" else load_network(f"{run}/{method}", s)
-        responses, tempered = [sample(network, rows, s, tokenizer, t) for t in (s.eval_temperature, s.temperature)]
-        log_pi, log_sft = [measure(lambda x: sequence_logprobs(net, x, s.temperature), tempered) for net in (network, sft)]
+        responses, warm = [sample(network, rows, s, tokenizer, t) for t in (s.eval_temperature, s.temperature)]
         texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
         if judge_model:
-            gap = scores_of(judge_model, responses) - measure(lambda part: end_scores(*judge_model, part), None)
+            gap = scores_of(judge_model, responses) - measure(functools.partial(end_scores, *judge_model), responses=None)
             wins = ((torch.sign(gap) + 1) / 2).tolist()
         else:
             wins = list(judge([row["prompt"] for row in rows], texts, [row["reference"] for row in rows]))
         columns = {"response": texts, "win_rate": wins, "rm_score": scores_of(reward_model, responses).tolist()}
-        columns |= {"kl": (log_pi - log_sft).tolist(), "kl_rm_score": scores_of(reward_model, tempered).tolist()}
+        log_pi, log_sft = [measure(lambda x: sequence_logprobs(n, x, s.temperature), responses=warm) for n in (network, sft)]
+        columns |= {"kl": (log_pi - log_sft).tolist(), "kl_rm_score": scores_of(reward_model, warm).tolist()}
         columns |= {f"rouge_{kind.lower()}": rouge(texts, rows, f"rouge{kind}") for kind in "12L"}
         columns["response_tokens"] = list(map(len, responses))
         columns["eos_rate"] = [int(ids[-1] == tokenizer.eos_token_id) for ids in responses]
@@ -1091,27 +1006,23 @@ def write_report(run, samples, settings, judge):
         columns = {key: [row[name][key] for row in samples] for key in samples[0][name] if key != "response"}
         of = report["methods"][name] = {key: mean(column) for key, column in columns.items()}
         of["win_rate_ci95"] = wilson(columns["win_rate"])
-        figures = [of["win_rate"], *(of["win_rate_ci95"] or [None, None])]
-        figures += [of[key] for key in ("rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")]
+        figures = [of[key] for key in ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")]
+        figures[1:1] = of["win_rate_ci95"] or [None, None]
         figures = [math.nan if figure is None else figure for figure in figures]
         lines.append("{:6}  {:.3f} [{:.3f}, {:.3f}]  {:9.2f} {:10.2f} {:9.3f} {:9.1f} {:9.2f}".format(name, *figures))
     lines.append(f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {results['rm']['accuracy']:.3f}")
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     save_whole(report | {"sft": results["sft"], "rm": results["rm"]}, run / "report.json")
-    print("\n".join(lines) if (text := draw_report(run)) is None else text)
+    print(draw_report(run) or "\n".join(lines))
 
 
 def draw_report(run):
     """The figures and the table of tools/report.py, over several seeds report.json, too; None without tools/."""
-    if Path(__file__).with_name("tools").is_dir():
-        from tools import report
-
-        return report.write(run)
+    if Path(__file__).with_name("tools").joinpath("report.py").exists():
+        return importlib.import_module("tools.report").write(run)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. Running.
-
+# ---- 9. Running --------------------------------------------------------------------------------------------------------------
 STAGES = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": lambda s: train_drpo(s, "ppo"), "drpo": train_drpo}
 NEEDS = {"sft": [], "rm": ["sft"], "dpo": ["sft"], "ppo": ["sft", "rm"], "drpo": ["sft", "rm"], "eval": ["sft", "rm"]}
 
@@ -1120,26 +1031,34 @@ def finished(s, stage):
     return Path(s.run_dir, stage, "result.json").exists()
 
 
-def rows_of(stage, s):
-    """-> {source: rows} that a stage reads."""
-    kinds = {"dataset": "reference"}
-    if stage in ("rm", "dpo", "eval") or (stage in ("ppo", "drpo") and s.reset_to == "chosen"):
-        kinds["preference_dataset"] = "pairs"
-    return {name: load_rows(getattr(s, name), kind, s.seed) for name, kind in kinds.items()}
+def inputs(stage, s):
+    """-> {name: value}: all that the result of a stage depends on. Stops where the stage was begun with something else."""
+    path, block, new = Path(s.run_dir, stage, "settings.json"), "", {}
+    for name, value in vars(dataclasses.replace(s, beta=0.0) if stage == "ppo" else s).items():
+        block = BLOCKS.get(name, block)
+        new |= {name: value} if block in USES.get(stage, "").split() else {}
+    reads_pairs = stage in ("rm", "dpo", "eval") or (stage != "sft" and s.reset_to == "chosen")
+    for name, kind in [("dataset", "reference"), ("preference_dataset", "pairs")][: 1 + reads_pairs]:
+        new[f"rows of {name}"] = hashlib.sha256(repr(load_rows(getattr(s, name), kind, s.seed)).encode()).hexdigest()[:16]
+    for needed in [x for x in NEEDS[stage] if finished(s, x)]:  # its seconds tell one training from another
+        new[needed] = json.loads(Path(s.run_dir, needed, "result.json").read_text())["seconds"]
+    new["files of model"] = [[x.name, x.stat().st_mtime] for x in sorted(Path(s.model).glob("*.safetensors")) if stage == "sft"]
+    old = json.loads(path.read_text()) if path.exists() else new
+    if changed := [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]:
+        stop(f"{path.parent} was made with other settings ({'; '.join(changed)}): name another --run_dir or delete it")
+    return new
 
 
 def preflight(stages, s):
     """Whatever a later stage needs is tried before the first one trains; train_sft tries the model. Status 2 if it fails."""
-    todo = [stage for stage in stages if not finished(s, stage)]
     with blame(f"--run_dir {s.run_dir} or --device {s.device}"):
         torch.empty(0, device=s.device)
         Path(s.run_dir).mkdir(parents=True, exist_ok=True)
-    for i, stage in enumerate(todo):
-        for needed in NEEDS[stage]:
-            if needed not in todo[:i] and not finished(s, needed):
-                stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
-        rows_of(stage, s)
-    if "eval" in todo and not isinstance(judge := find_judge(s), Path):  # asked about one row, it costs nothing to know now
+    for i, stage in enumerate(stages):
+        for needed in (x for x in NEEDS[stage] if x not in stages[:i] and not finished(s, x)):
+            stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
+        inputs(stage, s)
+    if "eval" in stages and not isinstance(judge := find_judge(s), Path):  # asked about one row, it costs nothing to know now
         row = load_rows(s.dataset, "reference", s.seed)[1][0]
         with blame(f"--judge {s.judge}"):
             judge([row["prompt"]], [row["reference"]], [row["reference"]])
@@ -1149,24 +1068,10 @@ def run_stage(stage, s):
     """A finished stage is kept, an interrupted one resumes from its checkpoint; both only with the same settings and inputs."""
     if stage == "eval":
         return evaluate(s)
-    s, folder, block, new = dataclasses.replace(s, beta=0.0) if stage == "ppo" else s, Path(s.run_dir) / stage, "", {}
-    for name, value in vars(s).items():
-        block = BLOCKS.get(name, block)
-        new |= {name: value} if block in USES[stage] else {}
-    new |= {f"rows of {name}": hashlib.sha256(repr(x).encode()).hexdigest()[:16] for name, x in rows_of(stage, s).items()}
-    for needed in NEEDS[stage]:  # its seconds tell one training from another
-        new[needed] = json.loads(Path(s.run_dir, needed, "result.json").read_text())["seconds"]
-    if stage == "sft":
-        new["files of model"] = [[path.name, path.stat().st_mtime] for path in sorted(Path(s.model).glob("*.safetensors"))]
-    if (folder / "settings.json").exists():
-        old = json.loads((folder / "settings.json").read_text())
-        if changed := [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]:
-            stop(f"{folder} was made with other settings ({'; '.join(changed)}): name another --run_dir or delete {folder}")
+    folder, new, began = Path(s.run_dir, stage), inputs(stage, s), time.perf_counter()
     if finished(s, stage):
         return print(f"{stage}: finished, and kept (delete {folder} to train it anew)")
-    folder.mkdir(parents=True, exist_ok=True)
     save_whole(new, folder / "settings.json")
-    began = time.perf_counter()
     figures = {**(STAGES[stage](s) or {}), "seconds": time.perf_counter() - began}
     save_whole(figures, folder / "result.json")
     print(f"{stage}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float)))
@@ -1188,13 +1093,11 @@ def main(argv=None):
     sys.path.append(os.getcwd())  # for module:function
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for every new shape, and rollouts shrink
     stage, s = parse(sys.argv[1:] if argv is None else argv)
-    stages = [*STAGES, "eval"] if stage == "all" else [stage]
+    stages, on_cuda = [*STAGES, "eval"] if stage == "all" else [stage], s.device.startswith("cuda")
     if "LOCAL_RANK" in os.environ:  # torchrun
-        is_cuda = s.device.startswith("cuda")
-        torch.cuda.set_device(s.device) if is_cuda else None
-        dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
+        torch.cuda.set_device(s.device) if on_cuda else None
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
     try:

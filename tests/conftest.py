@@ -1,6 +1,7 @@
 """What several test files share: a small corpus and network, a finished run of them, and one run of the toy corpus."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name that is nowhere is told at once
 sys.path.insert(0, str(ROOT))  # `import drpo` works from wherever pytest is started
 
 import drpo  # noqa: E402
@@ -19,8 +21,8 @@ WORDS = ["[E]", "[P]", "a", "b", "c", "d", "e", "f"]  # a vocabulary of EOS, pad
 SMALL = (
     "--dataset conftest:posts --preference_dataset conftest:pairs --model conftest:network --tokenizer conftest:tokenizer "
     "--judge conftest:longer --device cpu --query_length 8 --response_length 7 --preference_length 7 --sft_steps 4 "
-    "--rm_steps 4 --updates 3 --sft_batch_size 8 --rm_batch_size 8 --batch_size 8 --dpo_batch_size 8 --micro_batch 4 "
-    "--lr 0.01 --sft_lr 0.01 --rm_lr 0.01 --dpo_lr 0.01 --eval_samples 10 --save_every 1"
+    "--rm_steps 4 --updates 3 --sft_batch_size 8 --rm_batch_size 8 --batch_size 8 --dpo_batch_size 8 --micro_batch 3 "
+    "--lr 0.003 --sft_lr 0.003 --rm_lr 0.003 --dpo_lr 0.003 --eval_samples 10 --save_every 1"
 ).split()
 
 
@@ -59,6 +61,12 @@ def network(seed=0):
         return GPTNeoXForCausalLM(GPTNeoXConfig(**config, **ends, max_position_embeddings=32, initializer_range=0.5)).eval()
 
 
+def log_of(folder):
+    """The metrics of a stage, line by line, but for seconds."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
@@ -90,22 +98,40 @@ def one_line(capsys):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """The folder of a short `python drpo.py`, in a folder with drpo.py and toy_text.py only. Tests only read it."""
-    home, run = tmp_path_factory.mktemp("home"), "runs/tiny"
+    """The folder of a short run on the toy corpus, by drpo.py with toy_text.py beside it and nothing else. Tests only read it.
+
+    In odd surroundings, too: another working folder, a space and an umlaut, no asserts, no HOME, an ASCII locale."""
+    home, cwd, run = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("cwd"), "Läufe 1/ü"
     for name in ("drpo.py", "toy_text.py"):
         shutil.copy(ROOT / name, home)
-    words = "--sft_steps 30 --rm_steps 20 --updates 3 --batch_size 16 --dpo_batch_size 16 --eval_samples 24 --device cpu"
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "drpo.py", *words.split()]
-    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
+    words = "--sft_steps 15 --rm_steps 8 --updates 2 --batch_size 16 --dpo_batch_size 16 --eval_samples 24 --device cpu"
+    env = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+    command = [sys.executable, "-O", home / "drpo.py", *words.split(), "--run_dir", run]
+    env |= {"LC_ALL": "C", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
-    (home / run / "stdout.txt").write_text(done.stdout)
-    return home / run
+    assert {path.name for path in home.iterdir()} - {"__pycache__"} == {"drpo.py", "toy_text.py"}
+    (cwd / run / "stdout.txt").write_text(done.stdout, encoding="utf-8")
+    return cwd / run
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory, one_thread):
-    """The folder of a run of all stages on the corpus above, which takes a second. Tests copy it or only read it."""
+    """The folder of a run of all stages on the corpus above, without figures: a second. Tests copy it or only read it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    drpo.main(["all", *SMALL, "--run_dir", str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.report.write", lambda run: None)
+        drpo.main(["all", *SMALL, "--run_dir", str(folder)])
     return folder
+
+
+@pytest.fixture
+def start(small_run, tmp_path):
+    """start(stage, folder="run", beta=0.5, ...) -> the command that is about to train this stage in tmp_path / folder."""
+
+    def start(stage, folder="run", **changes):
+        for needed in drpo.NEEDS[stage]:
+            shutil.copytree(small_run / needed, tmp_path / folder / needed)
+        return [stage, *SMALL, "--run_dir", str(tmp_path / folder), *(f"--{name}={x}" for name, x in changes.items())]
+
+    return start

@@ -12,7 +12,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import transformers
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,8 +73,8 @@ def test_networks_optimizer_gradients_planned_to_the_byte(lora_r, dtype):
 
 @KINDS
 def test_the_cache_of_rollouts_is_planned_to_the_byte(lora_r, dtype, monkeypatch):
-    s, cache, make = settings(lora_r=lora_r, dtype=dtype), [], transformers.DynamicCache
-    monkeypatch.setattr(transformers, "DynamicCache", lambda **given: cache.append(make(**given)) or cache[-1])
+    s, cache, make = settings(lora_r=lora_r, dtype=dtype), [], drpo.transformers.DynamicCache
+    monkeypatch.setattr(drpo.transformers, "DynamicCache", lambda **given: cache.append(make(**given)) or cache[-1])
     endless, uniforms = SimpleNamespace(eos_token_id=-1), torch.rand(16, s.response_length)
     with drpo.precision(s):
         drpo.rollout(bench.build(s, SMALL)[0].policy, [[5] * 90] * 16, [[]] * 16, uniforms, endless, s, 1.0)
@@ -328,7 +327,7 @@ BAD = """--iterations 0: must be 1 or more
 --json no/such/folder/b.json: --json no/such/folder/b.json
 --peers --batch_size 4: --peers takes --iterations and --json only
 --plan --check: one at a time
---model ./no/such/folder: ./no/such/folder: no such folder
+--model ./no/such/folder: ./no/such/folder: cannot be loaded
 --device meat: --device meat"""
 
 
@@ -344,6 +343,7 @@ def test_bad_input_is_one_line_and_status_2(case, capsys):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("CPU: can't allocate memory")])
 def test_out_of_memory_comes_with_a_plan_that_needs_less(capsys, monkeypatch, error):
     monkeypatch.setattr(drpo, "drpo_update", Mock(side_effect=error))
+    monkeypatch.setattr(bench, "device_rates", lambda s: (1e9, 1e9))  # slow, and not what this is about
     with pytest.raises(SystemExit) as end:
         bench.main([*RUN, "--lora_r", "64"])
     line = capsys.readouterr().err

@@ -1,363 +1,208 @@
-"""tools/evaluation.py, tools/history.py and tools/show.py --sample on a tiny run, against what can be worked out."""
+"""Section 8 of drpo.py: every method on the same held-out prompts, against what can be worked out."""
 
 import itertools
 import json
 import math
-import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
-from rouge_score import rouge_scorer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from conftest import SMALL
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import drpo
-from tools import checkpoint, evaluation, history, report, show
 
-WORDS = ["[E]", "a", "b", "c", "d", "e"]
-SMALL = [
-    "--dataset",
-    "test_evaluation:posts",
-    "--preference_dataset",
-    "test_evaluation:pairs",
-    "--model",
-    "test_evaluation:network",
-    "--tokenizer",
-    "test_evaluation:tokenizer",
-    "--judge",
-    "test_evaluation:longer",
-    *(
-        "--sft_steps 1 --rm_steps 1 --updates 3 --sft_batch_size 4 --rm_batch_size 4 --batch_size 4 "
-        "--dpo_batch_size 4 --lr 0.01 --query_length 8 --response_length 6 --preference_length 6 "
-        "--eval_samples 10 --save_every 1 --keep 5"
-    ).split(),
-]
-
-
-def posts(split):
-    """Held out: 26 rows, of which the 12th has the prompt of the first."""
-    texts = ["".join(letters) for letters in itertools.product("abcde", repeat=3)][split == "train" :: 4][:26]
-    texts[11] = texts[0]
-    return [{"prompt": " ".join(text), "reference": " ".join(reversed(text[:2]))} for text in texts]
-
-
-def pairs(split):
-    return [
-        {"prompt": row["prompt"], "chosen": row["reference"], "rejected": "e e"}
-        for row in posts(split)
-        if row["reference"] != "e e"
-    ]
-
-
-def tokenizer():
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="e"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[E]")
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=len(WORDS),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            bos_token_id=0,
-            eos_token_id=0,
-            max_position_embeddings=32,
-            initializer_range=0.5,
-        )
-    ).eval()
-
-
-def longer(prompts, a, b):
-    return [(1 + (len(x) > len(y)) - (len(x) < len(y))) / 2 for x, y in zip(a, b)]
-
-
-def length(prompt, response):
-    return float(len(response.split()))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """All stages, with every checkpoint kept."""
-    folder = tmp_path_factory.mktemp("run")
-    drpo.main(["all", "--run_dir", str(folder), *SMALL])
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
+METHODS = ["sft", "dpo", "ppo", "drpo"]
+FIGURES = "win_rate rm_score kl kl_rm_score rouge_1 rouge_2 rouge_l response_tokens eos_rate".split()
 
 
 @pytest.fixture
-def copy_of_run(run, tmp_path):
-    return Path(shutil.copytree(run, tmp_path / "copy"))
+def copy(small_run, tmp_path):
+    return Path(shutil.copytree(small_run, tmp_path / "copy"))
 
 
-def samples_of(folder):
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+def settings(run, *flags):
+    return drpo.parse(["eval", *SMALL, "--run_dir", str(run), *flags])[1]
 
 
-def test_kl_is_an_unbiased_estimate_of_the_exact_one():
-    """Six tokens and at most three steps make 1 + 5 + 25 * 6 responses, so KL(pi || pi_SFT) can be summed up in full."""
-    policy, sft, eos, T = network(1), network(2), 0, 3
-    s = drpo.parse(["eval", "--response_length", str(T), "--temperature", "0.8", "--device", "cpu", *SMALL[:8]])[1]
-    ended = [[*body, eos] for n in range(T) for body in itertools.product(range(1, 6), repeat=n)]
-    responses = ended + [list(body) for body in itertools.product(range(1, 6), repeat=T)]
-    row = {"prompt": "a b", "reference": "c d"}
-    log_pi, log_sft = [
-        drpo.per_row(
-            lambda part: drpo.sequence_logprobs(net, part, 0.8), [row] * len(responses), responses, s, tokenizer()
-        ).double()
-        for net in (policy, sft)
-    ]
-    assert log_pi.exp().sum().item() == pytest.approx(1, abs=1e-5)  # these are all the responses there are
-    exact = (log_pi.exp() * (log_pi - log_sft)).sum().item()
-    by = SimpleNamespace(
-        sft=sft, backbone=sft.base_model, head=drpo.scalar_head(torch.randn(1, 16)), tokenizer=tokenizer(), judge=longer
-    )
-    kl = torch.tensor(evaluation.measure(policy, [row] * 3000, s, by)["kl"])
-    error = kl.std().item() / math.sqrt(len(kl))
-    assert exact > 0.2 and error < exact / 10  # so that the test can fail
-    assert abs(kl.mean().item() - exact) < 4 * error
+def evaluated(run, *flags):
+    """-> the samples and the report of an evaluation."""
+    drpo.evaluate(settings(run, *flags))
+    return samples_of(run), json.loads((run / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN: not JSON
 
 
-def test_another_runs_reward_model_can_be_the_judge(run, copy_of_run, one_line):
-    shutil.rmtree(copy_of_run / "rm")
-    drpo.main(["rm", "--run_dir", str(copy_of_run), "--rm_lr", "0.1", *SMALL])  # trained otherwise
-    s = drpo.parse(["eval", "--run_dir", str(run), *SMALL])[1]
-    rows = posts("validation")[:10]
-    prompts, a, b = [row["prompt"] for row in rows], ["a b"] * 10, ["e d c"] * 10
-
-    def verdicts(judge):
-        by = evaluation.yardsticks(drpo.dataclasses.replace(s, judge=judge))
-        return by.judge(prompts, a, b), by
-
-    (own, by), (same, _), (other, _) = map(verdicts, ["rm", f"rm:{run}", f"rm:{copy_of_run}"])
-    assert own == same
-    backbone, head = drpo.load_reward(f"{copy_of_run}/rm", s)
-    first, second = [
-        drpo.reference_scores(backbone, head, [{"prompt": prompt, "reference": text} for prompt in prompts], s, by.tokenizer)
-        for text in (a[0], b[0])
-    ]
-    assert other == ((first > second) + 0.5 * (first == second)).tolist()
-    assert "there is no reward model in nowhere/rm" in one_line(["eval", "--run_dir", run, *SMALL, "--judge", "rm:nowhere"])
+def samples_of(run):
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def test_rouge_is_the_librarys_and_comes_out_as_by_hand():
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    monkeypatch.setattr("tools.report.write", lambda run: None)
+
+
+def test_the_report_has_the_figures_that_others_rely_on(small_run):
+    samples, report = samples_of(small_run), json.loads((small_run / "report.json").read_text())
+    assert set(report) == {"methods", "rm", "sft", "judge", "prompts", "seconds", "settings"}
+    assert list(report["methods"]) == METHODS and set(report["seconds"]) == {"rm", *METHODS}
+    assert set(report["rm"]) == {"accuracy", "accuracy_ci95", "accuracy_by_batch", "pairs"} and report["prompts"] == 10
+    assert set(report["sft"]) == {"held_out_loss", "rouge_l"} and report["settings"]["sft_lr"] == 0.003
+    assert len(samples) == 10 and set(samples[0]) == {"prompt", "reference", *METHODS}
+    for method in METHODS:
+        assert set(report["methods"][method]) == {*FIGURES, "win_rate_ci95"}
+        assert set(samples[0][method]) == {*FIGURES, "response"}
+        for name in FIGURES:
+            values = [row[method][name] for row in samples]
+            assert report["methods"][method][name] == pytest.approx(sum(values) / 10)
+        assert report["methods"][method]["win_rate_ci95"] == drpo.wilson([row[method]["win_rate"] for row in samples])
+
+
+def test_win_rates_are_the_judges_verdicts_against_the_references(small_run):
+    for row, method in itertools.product(samples_of(small_run), METHODS):
+        assert row[method]["win_rate"] == conftest.longer([""], [row[method]["response"]], [row["reference"]])[0]
+
+
+def test_wilson_by_hand():
+    # 8 of 10: (0.8 + 0.19208 -+ 1.96 sqrt(0.016 + 0.0096040)) / 1.38416
+    assert drpo.wilson([1] * 8 + [0] * 2) == pytest.approx([0.49016, 0.94332], abs=1e-5)
+    assert drpo.wilson([1.0, None, 0.5, 0.5, 0.0, None]) == pytest.approx(drpo.wilson([1, 0, 1, 0]))  # 2 of 4
+    assert drpo.wilson([0] * 4)[0] == 0.0 and drpo.wilson([1] * 4)[1] == 1.0 and drpo.wilson([None]) is None
+
+
+def undecided(prompts, a, b):
+    """A judge that decides the first prompt only."""
+    return [1.0, *[None for _ in prompts[1:]]]
+
+
+def never(prompts, a, b):
+    return [None for _ in prompts]
+
+
+def test_verdicts_that_are_none_do_not_count(copy):
+    samples, report = evaluated(copy, "--judge", "test_evaluation:undecided")
+    assert [row["drpo"]["win_rate"] for row in samples] == [1.0] + [None] * 9
+    assert report["methods"]["drpo"]["win_rate"] == 1.0
+    assert report["methods"]["drpo"]["win_rate_ci95"] == pytest.approx([1 / (1 + 1.96**2), 1.0])
+
+
+def test_without_any_verdict_the_report_is_still_json(copy):
+    _, report = evaluated(copy, "--judge", "test_evaluation:never")
+    assert report["methods"]["drpo"]["win_rate"] is None and report["methods"]["drpo"]["response_tokens"] > 1
+
+
+def test_the_prompts_are_a_seeded_sample_of_the_held_out_rows(small_run, copy):
+    held_out = drpo.load_rows("conftest:posts", "reference", 0)[1]
+    prompts, everything = [row["prompt"] for row in samples_of(small_run)], [row["prompt"] for row in held_out]
+    assert set(prompts) < set(everything) and prompts != everything[:10] and len(set(prompts)) == 10
+    other, _ = evaluated(copy, "--seed", "1", "--eval_samples", "99")
+    assert sorted(row["prompt"] for row in other) == sorted(everything) != [row["prompt"] for row in other]
+
+
+def test_an_evaluation_is_the_same_at_any_micro_batch(small_run, copy):
+    samples, _ = evaluated(copy, "--micro_batch", "1")
+    for row, other in zip(samples_of(small_run), samples, strict=True):
+        for method in METHODS:
+            assert other[method].pop("response") == row[method].pop("response")
+            assert other[method] == pytest.approx(row[method], abs=1e-5)
+
+
+def test_only_finished_methods_are_evaluated(copy):
+    shutil.rmtree(copy / "dpo")
+    (copy / "ppo" / "result.json").unlink()
+    samples, report = evaluated(copy)
+    assert list(report["methods"]) == ["sft", "drpo"] and set(samples[0]) == {"prompt", "reference", "sft", "drpo"}
+
+
+def test_the_score_is_of_token_ids_and_no_eos_costs_the_penalty(copy, monkeypatch):
+    """As transformers alone computes it from the very ids that were sampled, text aside, at each of the two temperatures."""
+    responses, sample = [], drpo.sample
+    monkeypatch.setattr(drpo, "sample", lambda *args: responses.append(sample(*args)) or responses[-1])
+    samples, model = evaluated(copy)[0], AutoModelForSequenceClassification.from_pretrained(copy / "rm").eval()
+    words, names = conftest.tokenizer(), [(method, name) for method in METHODS for name in ("rm_score", "kl_rm_score")]
+    for (method, name), answers in zip(names, responses, strict=True):
+        for row, ids in zip(samples, answers, strict=True):
+            with torch.no_grad():
+                score = model(torch.tensor([words(row["prompt"])["input_ids"] + ids])).logits.item() - model.config.reward_bias
+            assert row[method][name] == pytest.approx(score if ids[-1] == 0 else -1.0, abs=1e-4)
+            if name == "rm_score":
+                assert (row[method]["response_tokens"], row[method]["eos_rate"]) == (len(ids), ids[-1] == 0)
+                assert row[method]["response"] == words.decode(ids, skip_special_tokens=True)
+    assert {0, 1} == {row["drpo"]["eos_rate"] for row in samples} and responses[0] != responses[1]
+
+
+def test_the_rm_judge_compares_scores_and_unfinished_responses_lose(small_run, copy):
+    model = AutoModelForSequenceClassification.from_pretrained(small_run / "rm").eval()
+    words, verdicts = conftest.tokenizer(), []
+    for row in evaluated(copy, "--judge", "rm")[0]:
+        ids = [*words(row["prompt"])["input_ids"], *words(row["reference"])["input_ids"], 0]
+        with torch.no_grad():
+            reference = model(torch.tensor([ids])).logits.item() - model.config.reward_bias
+        for method in METHODS:
+            verdicts.append(row[method]["win_rate"])
+            assert verdicts[-1] == (1 + (row[method]["rm_score"] > reference) - (row[method]["rm_score"] < reference)) / 2
+    assert {0.0, 1.0} <= set(verdicts)
+
+
+def test_another_runs_reward_model_can_be_the_judge(small_run, copy, tmp_path):
+    own = [row["drpo"]["win_rate"] for row in evaluated(copy, "--judge", f"rm:{small_run}")[0]]
+    assert own == [row["drpo"]["win_rate"] for row in evaluated(copy, "--judge", "rm")[0]]
+    shutil.copytree(small_run / "rm", tmp_path / "other" / "rm")
+    weights = AutoModelForSequenceClassification.from_pretrained(tmp_path / "other" / "rm")
+    weights.score.weight.data *= -1  # it prefers what this one does not
+    weights.save_pretrained(tmp_path / "other" / "rm")
+    samples, _ = evaluated(copy, "--judge", f"rm:{tmp_path / 'other'}", "--missing_eos_score", "-1000")
+    ended = [i for i, row in enumerate(samples) if row["drpo"]["eos_rate"]]
+    assert ended and all(samples[i]["drpo"]["win_rate"] == 1 - own[i] for i in ended)
+
+
+def test_the_sft_network_has_no_kl_to_itself(small_run):
+    for row in samples_of(small_run):
+        assert row["sft"]["kl"] == 0.0 != row["drpo"]["kl"]
+
+
+def test_the_mean_kl_is_that_of_all_responses():
+    """Eight tokens and at most three steps: KL(pi || pi_SFT) can be summed up in full, and sampled."""
+    s = settings("unused", "--response_length", "3", "--temperature", "0.8", "--micro_batch", "512")
+    policy, sft, words = conftest.network(1), conftest.network(2), conftest.tokenizer()
+    rows = [{"prompt": "a b", "reference": "c"}] * 3000
+
+    def log_ratio(responses):
+        def logprobs(network):
+            of = rows[: len(responses)], responses, s, words
+            return drpo.per_row(lambda part: drpo.sequence_logprobs(network, part, 0.8), *of).double()
+
+        return logprobs(policy).exp(), logprobs(policy) - logprobs(sft)
+
+    everything = [[*body, 0] for n in range(3) for body in itertools.product(range(1, 8), repeat=n)]
+    p, ratio = log_ratio(everything + [list(body) for body in itertools.product(range(1, 8), repeat=3)])
+    assert p.sum().item() == pytest.approx(1, abs=1e-5)
+    _, sampled = log_ratio(drpo.sample(policy, rows, s, words, 0.8))
+    error = sampled.std().item() / math.sqrt(3000)
+    assert (p * ratio).sum() > 10 * error and abs(sampled.mean() - (p * ratio).sum()) < 4 * error
+
+
+def test_rouge_by_hand_and_none_where_it_sees_no_letters():
     """'the cats sat' against 'the cat sat down': 3 of 3 and of 4 words after stemming, 2 of 2 and of 3 pairs."""
-    rows, texts = [{"reference": "the cat sat down"}], ["the cats sat"]
-    assert drpo.rouge(texts, rows, "rouge1") == [pytest.approx(2 * 3 / (3 + 4))]
-    assert drpo.rouge(texts, rows, "rouge2") == [pytest.approx(2 * 2 / (2 + 3))]
-    assert drpo.rouge(["sat the cat"], rows) == [pytest.approx(2 * 2 / (3 + 4))]  # the longest common subsequence: the cat
+    rows = [{"reference": "the cat sat down"}]
+    assert drpo.rouge(["the cats sat"], rows, "rouge1") == [pytest.approx(2 * 3 / (3 + 4))]
+    assert drpo.rouge(["the cats sat"], rows, "rouge2") == [pytest.approx(2 * 2 / (2 + 3))]
+    assert drpo.rouge(["sat the cat"], rows, "rougeL") == [pytest.approx(2 * 2 / (3 + 4))]  # in order: the cat
+    assert drpo.rouge(["mat", "das Bär"], [{"reference": "кошка спит"}, {"reference": "der Bär"}], "rouge1")[0] is None
+    assert drpo.mean([None, 0.25, None, 0.75]) == 0.5 and drpo.mean([None]) is None
 
 
-def test_the_rouge_in_the_samples_is_that_of_the_library(run):
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    for sample in samples_of(run):
-        wanted = scorer.score(sample["reference"], sample["drpo"]["response"])
-        for key, kind in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
-            assert sample["drpo"][key] == pytest.approx(wanted[kind].fmeasure)
-
-
-def test_an_evaluation_is_the_same_again_and_at_any_micro_batch(run, copy_of_run):
-    drpo.main(["eval", "--run_dir", str(copy_of_run), *SMALL])
-    assert (copy_of_run / "samples.jsonl").read_text() == (run / "samples.jsonl").read_text()
-    drpo.main(["eval", "--run_dir", str(copy_of_run), *SMALL, "--micro_batch", "3"])
-    for one, other in zip(samples_of(run), samples_of(copy_of_run), strict=True):
-        for method in ("sft", "dpo", "ppo", "drpo"):
-            assert one[method]["response"] == other[method]["response"] and one[method]["ids"] == other[method]["ids"]
-            for key in report.MEANS:
-                assert other[method][key] == pytest.approx(one[method][key], abs=1e-5), key
-
-
-def test_another_seed_gives_other_samples(run, copy_of_run):
-    drpo.main(["eval", "--run_dir", str(copy_of_run), *SMALL, "--seed", "1"])
-    assert [row["sft"]["ids"] for row in samples_of(run)] != [row["sft"]["ids"] for row in samples_of(copy_of_run)]
-
-
-def test_the_score_beside_the_kl_is_that_of_the_samples_whose_kl_it_is(run, copy_of_run):
-    """At one temperature for both, the samples are the same, and so are the scores."""
-    drpo.main(["eval", "--run_dir", str(copy_of_run), *SMALL, "--eval_temperature", "1.0"])
-    for row in samples_of(copy_of_run):
-        assert row["drpo"]["kl_rm_score"] == row["drpo"]["rm_score"]
-    assert any(row["drpo"]["kl_rm_score"] != row["drpo"]["rm_score"] for row in samples_of(run))
-
-
-def test_any_folder_is_measured_beside_the_methods_of_the_run(copy_of_run, tmp_path, capsys):
-    """A copy of the SFT model gets the figures of the SFT model, and its folder's name in the table."""
-    shutil.copytree(copy_of_run / "sft", tmp_path / "somebody")
-    drpo.main(["eval", "--run_dir", str(copy_of_run), *SMALL, "--others", str(tmp_path / "somebody")])
-    methods = json.loads((copy_of_run / "report.json").read_text())["methods"]
-    assert list(methods) == ["sft", "dpo", "ppo", "drpo", str(tmp_path / "somebody")]
-    assert methods[str(tmp_path / "somebody")] == methods["sft"]
-    assert (
-        re.search(r"^somebody +[01]\.", capsys.readouterr().out, re.M)
-        and "somebody minus DR-PO" in (copy_of_run / "report.md").read_text()
-    )
-
-
-def test_a_folder_with_another_tokenizer_has_no_kl_and_is_refused_in_one_line(copy_of_run, tmp_path, capsys):
-    shutil.copytree(copy_of_run / "sft", tmp_path / "other")
-    words = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
-    words["model"]["vocab"] |= {"a": 2, "b": 1}
-    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(words))
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        drpo.main(["eval", "--run_dir", str(copy_of_run), *SMALL, "--others", str(tmp_path / "other")])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and "--others" in err.splitlines()[-1] and "tokenizer" in err.splitlines()[-1]
-
-
-def test_validation_prompts_are_apart_from_the_test_prompts(run):
-    s = drpo.parse(["eval", "--run_dir", str(run), *SMALL])[1]
-    validation, test = history.split(s)
-    held_out = drpo.load_rows(s.dataset, "reference", s.seed)[1]
-    assert test == held_out[:10] and held_out[11]["prompt"] == held_out[0]["prompt"]
-    assert validation == [held_out[10], *held_out[12:21]]  # ten, and not the prompt that eval has seen
-
-
-def test_the_policy_of_the_last_checkpoint_is_the_one_that_was_saved_and_those_before_are_not(run):
-    s = drpo.parse(["eval", "--run_dir", str(run), *SMALL])[1]
-    saved = AutoModelForCausalLM.from_pretrained(run / "drpo").state_dict()
-    gaps = []
-    for update in (1, 2, 3):
-        found = history.policy_at(run / "drpo" / "checkpoint" / f"{update:06d}", s).state_dict()
-        gaps.append(max((found[name] - saved[name]).abs().max().item() for name in saved))
-    assert gaps[2] == 0 < gaps[1] < gaps[0]
-
-
-def test_the_history_names_the_peak_on_validation_prompts_and_measures_it_on_the_test_prompts(copy_of_run, capsys):
-    history.main([str(copy_of_run), "--gold", "test_evaluation:length"])
-    lines = [json.loads(line) for line in (copy_of_run / "history.jsonl").read_text().splitlines()]
-    samples, out = samples_of(copy_of_run), capsys.readouterr().out
-    for method in ("ppo", "drpo"):
-        parts = {
-            part: {line["update"]: line for line in lines if line["method"] == method and line["prompts"] == part}
-            for part in ("validation", "test")
-        }
-        assert list(parts["validation"]) == [0, 1, 2, 3]
-        best = max(parts["validation"], key=lambda update: parts["validation"][update]["gold_score"])
-        assert set(parts["test"]) == {best, 3}
-        # the last update, on the test prompts, is what eval has measured
-        last = parts["test"][3]
-        assert last["rm_score"] == pytest.approx(sum(row[method]["rm_score"] for row in samples) / 10, abs=1e-5)
-        assert last["gold_score"] == pytest.approx(sum(length("", row[method]["response"]) for row in samples) / 10)
-        name = report.METHODS[method]
-        assert re.search(rf"{name}, peak on validation prompts +{best} +{parts['test'][best]['gold_score']:.3f}", out)
-    page = (copy_of_run / "report.md").read_text()
-    assert "](overoptimisation.png)" in page and (copy_of_run / "overoptimisation.png").stat().st_size > 5000
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (["--eval_samples", "26"], ["--eval_samples 26", "26 held-out rows"]),
-        (["--gold", "nonsense"], ["--gold nonsense"]),
-        ("one checkpoint", ["--keep"]),
-    ],
-)
-def test_a_history_that_cannot_be_had_is_told_in_one_line(copy_of_run, capsys, change, words):
-    if change == "one checkpoint":
-        for stage in report.RL:
-            for update in (1, 2):
-                shutil.rmtree(copy_of_run / stage / "checkpoint" / f"{update:06d}")
-    with pytest.raises(SystemExit) as stopped:
-        history.main([str(copy_of_run), *([] if change == "one checkpoint" else change)])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(err.splitlines()) == 1 and all(word in err for word in words), err
-
-
-def blocks(out):
-    """What show --sample prints -> {heading: [[token, role, reward, value, advantage], ...]}."""
-    found, heading = {}, None
-    for block in re.split(r"\n\n+", out.strip()):
-        if block.startswith("token "):
-            rows = [
-                re.split(r" {2,}", re.sub(r"^(token|role|reward|value|advantage)", "", line).strip())
-                for line in block.splitlines()
-            ]
-            found[heading] += list(zip(*rows, strict=True))
-        else:
-            heading = block
-            found[heading] = []
-    return {heading: columns for heading, columns in found.items() if columns}
-
-
-def test_a_sample_is_shown_with_what_training_would_have_computed_for_each_token(run, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")  # so that tables are folded
-    show.main(["--run", str(run), "--sample", "3"])
-    out = capsys.readouterr().out
-    assert "\033[" not in out and max(map(len, out.splitlines())) <= 132
-    found, row = blocks(out), samples_of(run)[3]
-    assert [heading.partition(",")[0] for heading in found] == ["SFT", "DPO", "PPO", "DR-PO", "DR-PO"]
-    s = drpo.parse(["drpo", "--run_dir", str(run), *SMALL])[1]
-    for (heading, columns), method in zip(found.items(), ("sft", "dpo", "ppo", "drpo")):
-        ids = row[method]["ids"]
-        tokens, roles, *numbers = [list(cells[: len(ids)]) for cells in zip(*columns)]
-        assert tokens == [repr(WORDS[token]) for token in ids]
-        assert roles == ["EOS" if token == 0 else "sampled" for token in ids]
-        assert [cells[1] for cells in columns[len(ids) :]] == ["pad"] * (len(ids) < 6)
-        rewards, values, advantages = [list(map(float, cells)) for cells in numbers]
-        score = float(re.search(r"score (\S+?)[, ]", heading)[1])
-        assert score == pytest.approx(row[method]["rm_score"] if ids[-1] == 0 else -1.0, abs=1e-3)
-        running, wanted = 0.0, []  # A_t = delta_t + gamma lam A_{t+1}
-        for t in reversed(range(len(ids))):
-            running = (
-                rewards[t] + s.gamma * (values[t + 1] if t + 1 < len(ids) else 0.0) - values[t] + s.gamma * s.lam * running
-            )
-            wanted.insert(0, running)
-        assert advantages == pytest.approx(wanted, abs=0.01)
-        if method == "sft":
-            assert rewards == [0.0] * (len(ids) - 1) + [pytest.approx(score)]  # it has no KL to itself
-
-
-def test_the_reset_that_is_shown_begins_as_the_reference_does(run, capsys):
-    show.main(["--run", str(run), "--sample", "3"])
-    heading, columns = list(blocks(capsys.readouterr().out).items())[-1]
-    forced, length = (
-        [cells for cells in columns if cells[1] == "reset prefix"],
-        int(re.search(r"reset to (\d+) of", heading)[1]),
-    )
-    reference = samples_of(run)[3]["reference"].split()
-    assert 0 < len(forced) == length <= len(reference)
-    assert [cells[0] for cells in forced] == list(map(repr, reference[:length])) and columns[length][1] in ("sampled", "EOS")
-    assert {cells[2:] for cells in forced} == {(".", ".", ".")}  # what a person wrote is not learned from
-
-
-def test_the_critic_that_is_shown_is_the_one_that_was_trained(run):
-    s = drpo.parse(["drpo", "--run_dir", str(run), *SMALL])[1]
-    critic, value_head = show.trained_critic("drpo", s)
-    kept = checkpoint.load_file(run / "drpo" / "checkpoint" / "000003" / "tensors.safetensors")
-    assert all(torch.equal(p, kept[f"param.critic.{name}"]) for name, p in critic.named_parameters())
-    assert torch.equal(value_head.weight, kept["param.value_head.weight"])
-    backbone, head = show.trained_critic("dpo", s)  # DPO has none
-    assert not torch.equal(head.weight, value_head.weight)
-
-
-def test_on_a_terminal_roles_have_colours_and_with_no_color_they_have_not(run, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    show.main(["--run", str(run), "--sample", "3"])
-    coloured = capsys.readouterr().out
-    monkeypatch.setenv("NO_COLOR", "1")
-    show.main(["--run", str(run), "--sample", "3"])
-    plain = capsys.readouterr().out
-    assert f"\033[{show.PAINT['reset prefix']}m" in coloured and re.sub("\033\\[[0-9;]*m", "", coloured) == plain != coloured
-
-
-@pytest.mark.parametrize(
-    "words, named",
-    [
-        (["--run", "{run}", "--sample", "10"], ["--sample 10", "[0, 9]"]),
-        (["--run", "{run}", "--sample", "-1"], ["--sample -1"]),
-        (["--sample", "1"], ["--run"]),
-    ],
-)
-def test_a_sample_that_is_not_there_is_told_in_one_line(run, capsys, words, named):
-    with pytest.raises(SystemExit) as stopped:
-        show.main([word.format(run=run) for word in words])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(err.splitlines()) == 1 and all(word in err for word in named), err
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_the_saved_policy_has_the_logits_of_the_one_in_memory(start, tmp_path, monkeypatch, lora_r):
+    """In transformers alone; and with LoRA also the SFT network with the saved adapter."""
+    kept, save, ids, run = [], drpo.save_network, torch.tensor([[2, 3, 4, 5, 6, 7, 0]]), tmp_path / "run"
+    monkeypatch.setattr(drpo, "save_network", lambda net, *rest: kept.append(net(ids).logits) or save(net, *rest))
+    drpo.main(start("drpo", lora_r=lora_r, lr=0.01))
+    saved, sft = [AutoModelForCausalLM.from_pretrained(run / stage) for stage in ("drpo", "sft")]
+    torch.testing.assert_close(saved(ids).logits, kept[0], rtol=0, atol=5e-5)  # merging rounds
+    assert (sft(ids).logits - kept[0]).abs().max() > 1e-2
+    if lora_r:
+        adapted = PeftModel.from_pretrained(sft, run / "drpo" / "adapter")
+        torch.testing.assert_close(adapted(ids).logits, kept[0], rtol=0, atol=5e-5)

@@ -1,6 +1,6 @@
 """The detour lock over H, beta, lambda, count bonus, labelled pairs and other locks: tables without verdicts.
 
-    python toy_env.py --full [--seeds 100 101 ...] [--out DIR]       the sweep on ten seeds: half an hour on two cores
+    python toy_env.py --full [--seeds 100 101 ...] [--out DIR]       the sweep on ten seeds: about an hour on two cores
     python -m tools.toy_sweep --tune [--seeds 0 1] [--out DIR]       PPO's own grid, on seeds that are not reported
 
 Writes DIR/sweep.json, sweep.md, growth.png, pairs.png and beta_lambda.png; with --tune DIR/tuning.json and tuning.md. Each run
@@ -205,14 +205,14 @@ def draw_pairs(results, path):
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
     lines = by_name(results, "pairs")
-    for key, label, style in (
-        ("hacked_learned", "best policy for the learned reward: learned return", "C1--"),
-        ("hacked_true", "best policy for the learned reward: true return", "C1-"),
-        ("best_learned", "best policy: learned return", "C7--"),
-        ("value", "DR-PO: true return", "C0-"),
+    for key, label, colour, style in (
+        ("hacked_learned", "best policy for the learned reward: learned return", "#CC79A7", "--"),
+        ("hacked_true", "best policy for the learned reward: true return", "#CC79A7", "-"),
+        ("best_learned", "best policy: learned return", "grey", "--"),
+        ("value", "DR-PO: true return", COLOURS["DR-PO"], "-"),
     ):
         x = [runs[0]["pairs"] for runs in lines.values()]
-        ax.plot(x, [mean(run[key] for run in runs) for runs in lines.values()], style, marker="o", label=label)
+        ax.plot(x, [mean(run[key] for run in runs) for runs in lines.values()], style, color=colour, marker="o", label=label)
     ax.set(xlabel="labelled pairs", ylabel="return (best: 1)", xscale="log")
     ax.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -222,7 +222,7 @@ def draw_beta_lambda(results, path):
     """The share of seeds solved within the budget, by beta and lambda."""
     lines = by_name(results, "beta_lambda")
     share = {name: mean(run["solved"] is not None for run in runs) for name, runs in lines.items()}
-    table = torch.tensor(list(share.values())).view(len(BETAS), len(LAMBDAS))
+    table = torch.tensor(list(share.values())).view(len(BETAS), len(LAMBDAS)).numpy()
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     ax = figure.subplots()
     ax.imshow(table, vmin=0, vmax=1, origin="lower", cmap="cividis", aspect="auto")
@@ -254,6 +254,7 @@ def sweep(seeds, out):
 
 
 def main(argv=None):
+    """The sweep, or with --tune the grid -> exit status 0."""
     parser = argparse.ArgumentParser(prog="python -m tools.toy_sweep", description="The sweep of the detour lock.")
     parser.add_argument("--tune", action="store_true", help="PPO's own grid instead of the sweep")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 100 ... 109; --tune: 0 1")

@@ -1,0 +1,236 @@
+"""Rollouts and resets: sampling from exactly the softmax that is scored, on random networks of one and two layers."""
+
+import collections
+import copy
+import dataclasses
+import itertools
+import random
+from types import SimpleNamespace
+
+import conftest
+import pytest
+import torch
+from test_models import EOS, KINDS, VOCABULARY, S, tiny, token_lists
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config
+
+import drpo
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+T = 12
+
+
+def roll(network, queries, prefixes, uniforms, temperature=0.7, micro_batch=1, eos=EOS):
+    s = dataclasses.replace(S, micro_batch=micro_batch)
+    return drpo.rollout(network, queries, prefixes, uniforms, SimpleNamespace(eos_token_id=eos), s, temperature)
+
+
+def uniforms(*shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(4))
+
+
+@torch.no_grad()
+def likely_eos(network):
+    """The same network, in which EOS comes up often: its row of the output matrix is that of a likely token, and more."""
+    states = network.base_model(torch.tensor(token_lists(7, 20))).last_hidden_state[0]
+    weight = network.get_output_embeddings().weight
+    weight[EOS] = 1.2 * weight[(states @ weight.T).mean(0).argmax()]
+    return network
+
+
+@torch.no_grad()
+def slow_rollout(network, query, prefix, u, temperature, eos=EOS):
+    """One row, the whole forward pass for each token: the first whose cumulative probability exceeds the uniform."""
+    ids = list(prefix)
+    while len(ids) < len(u) and eos not in ids[len(prefix) :]:
+        cdf = (network(torch.tensor([query + ids]), use_cache=False).logits[0, -1] / temperature).softmax(-1).cumsum(-1)
+        ids.append(int((cdf <= u[len(ids)] * cdf[-1]).sum()))
+    return ids
+
+
+# Nine rows: ragged queries, and prefixes of 0, 1, 4, 7 and T - 1 tokens. EOS may be in a query, never in a prefix.
+QUERIES = token_lists(2, 1, 5, 9, 3, 9, 2, 7, 4, 6)
+PREFIXES = [[5 + (i + t) % 50 for t in range(n)] for i, n in enumerate((0, 1, T - 1, 0, 4, 1, T - 1, 0, 7))]
+U = uniforms(9, T)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bloom", "falcon"])
+def test_rollouts_are_those_of_whole_forward_passes(kind):
+    network = likely_eos(tiny(kind, **({"alibi": True, "num_kv_heads": 4} if kind == "falcon" else {})))
+    for temperature in (0.7, 1.0):
+        wanted = [slow_rollout(network, *row, temperature) for row in zip(QUERIES, PREFIXES, U)]
+        assert roll(network, QUERIES, PREFIXES, U, temperature) == wanted
+    ended = [ids[-1] == EOS for ids in wanted]
+    assert any(ended) and not all(ended) and any(len(ids) < T for ids in wanted)
+
+
+@torch.no_grad()
+def test_all_uniforms_together_give_the_probabilities_that_are_scored():
+    """Two tokens of a vocabulary of eight, on a grid of uniforms: a frequency is off by at most a step for each token."""
+    network, query, K = conftest.network(), [2, 5, 3], 128
+    grid = (torch.cartesian_prod(torch.arange(K), torch.arange(K)) + 0.5) / K
+    found = collections.Counter(map(tuple, roll(network, [query] * K**2, [[]] * K**2, grid, 0.7, micro_batch=K**2, eos=0)))
+    responses = [[0], *([a, b] for a, b in itertools.product(range(1, 8), range(8)))]
+    batch = drpo.collate([query] * 57, responses, 2, "cpu")
+    scored, others = [drpo.sequence_logprobs(network, batch, temperature).exp() for temperature in (0.7, 0.8)]
+    frequencies = torch.tensor([found[tuple(ids)] / K**2 for ids in responses])
+    assert scored.sum().item() == pytest.approx(1.0, abs=1e-5) and found.total() == K**2
+    assert (frequencies - scored).abs().max() < 2 / K < (frequencies - others).abs().max()
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "mistral"])
+def test_rollouts_do_not_depend_on_the_rows_beside_them(kind):
+    network = likely_eos(tiny(kind))
+    queries, prefixes, u = QUERIES * 3, PREFIXES * 3, uniforms(27, T)
+    first = roll(network, queries, prefixes, u)
+    assert all(roll(network, queries, prefixes, u, micro_batch=size) == first for size in (2, 100))
+    assert [roll(network, *([x] for x in row[:2]), row[2][None])[0] for row in zip(queries, prefixes, u)] == first
+    assert roll(network, queries[::-1], prefixes[::-1], u.flip(0), micro_batch=2) == first[::-1]
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt2"])
+def test_a_prefix_fed_at_once_is_the_same_tokens_forced_one_by_one(kind):
+    network = likely_eos(tiny(kind))
+    whole = roll(network, QUERIES, [[]] * 9, U)
+    for n in range(1, T):  # a rollout reset to a part of itself ends as it did
+        assert roll(network, QUERIES, [ids[: min(n, len(ids) - 1)] for ids in whole], U) == whole
+    assert len(set(map(tuple, whole))) > 5
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@torch.no_grad()
+def test_eos_may_come_first_last_or_never(prefix):
+    """Uniforms from the middle of what draws the wanted token; prefixes of 0, of 1 and of all but one of six tokens."""
+    network, rng, query, u = likely_eos(tiny("gpt_neox")), random.Random(prefix), [5, 6, 7], torch.zeros(3, 6)
+    start, rest = [[rng.randrange(4, VOCABULARY) for _ in range(n)] for n in (prefix, 5 - prefix)]
+    wanted = [[*start, EOS], [*start, *rest, EOS], [*start, *rest, 9]]
+    for row, ids in enumerate(wanted):
+        for t in range(prefix, len(ids)):
+            cdf = F.pad(network(torch.tensor([query + ids[:t]])).logits[0, -1].double().softmax(-1).cumsum(-1), (1, 0))
+            u[row, t] = (cdf[ids[t]] + cdf[ids[t] + 1]) / 2
+    assert roll(network, [query] * 3, [start] * 3, u, temperature=1.0) == wanted
+
+
+def test_a_token_without_probability_is_never_drawn():
+    def drawn(probabilities, u):
+        def body(input_ids, **_):  # its states are the logits, and the head changes nothing
+            return SimpleNamespace(last_hidden_state=probabilities.log().clamp(min=-1e9).expand(len(input_ids), 1, -1))
+
+        body.config, head = GPT2Config(n_layer=0), SimpleNamespace(weight=torch.eye(len(probabilities)), bias=None)
+        network = SimpleNamespace(base_model=body, get_output_embeddings=lambda: head)
+        return roll(network, [[5]] * len(u), [[]] * len(u), torch.tensor(u)[:, None], temperature=1.0)
+
+    last = 1 - 2**-24  # the first and the last that torch.rand can give are 0 and this
+    found = drawn(torch.tensor([0, 0.25, 0.5, 0, 0.25, 0]), [0.0, 0.2, 0.3, 0.7, 0.8, last])
+    assert found == [[1], [1], [2], [2], [4], [4]]
+    for n in range(100, 150):  # for many n these add up to less than 1
+        assert drawn(torch.cat([torch.ones(n) / n, torch.zeros(1)]), [last]) == [[n - 1]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resets
+
+
+def resets(update=0, policy=None, reference=None, rows=None, tokenizer=None, **changes):
+    """-> one batch of reset_rollouts on the corpus of conftest.py."""
+    changes = {"reset_to": "reference", "batch_size": 64} | changes
+    s = dataclasses.replace(drpo.parse(["drpo", *conftest.SMALL])[1], **changes)
+    roles = SimpleNamespace(policy=policy or conftest.network(), reference=lambda: drpo.contextlib.nullcontext(reference))
+    return drpo.reset_rollouts(roles, rows or conftest.posts(), update, tokenizer or conftest.tokenizer(), s)
+
+
+def lists(batch):
+    """-> queries, responses and prefixes as lists of ids."""
+    rows, ends = batch["ids"].tolist(), batch["query_len"] + batch["response_len"]
+    queries = [ids[:n] for ids, n in zip(rows, batch["query_len"])]
+    responses = [ids[:n] for ids, n in zip(batch["response"].tolist(), batch["response_len"])]
+    assert [ids[:n] for ids, n in zip(rows, ends)] == [query + response for query, response in zip(queries, responses)]
+    return queries, responses, [ids[:n] for ids, n in zip(responses, batch["reset_len"])]
+
+
+@pytest.mark.parametrize("beta, include_prompt, shortest", [(0.0, False, 0), (1.0, False, 1), (1.0, True, 0), (0.5, False, 0)])
+def test_prefixes_are_those_of_the_references(beta, include_prompt, shortest):
+    batch, tokenizer = resets(beta=beta, reset_include_prompt=include_prompt), conftest.tokenizer()
+    queries, responses, prefixes = lists(batch)
+    references = {row["prompt"]: row["reference"].split() for row in conftest.posts()}
+    whole = [references[tokenizer.decode(query)] for query in queries]
+    texts = [tokenizer.decode(prefix).split() for prefix in prefixes]
+    assert all(text == reference[: len(text)] for text, reference in zip(texts, whole))
+    assert min(map(len, texts)) == shortest and any(map(bool, texts)) == bool(beta)
+    assert not beta or any(len(text) == len(reference) == 3 for text, reference in zip(texts, whole))
+    assert all(len(response) > len(prefix) for response, prefix in zip(responses, prefixes))
+    assert batch["has_eos"].tolist() == [ids[-1] == 0 for ids in responses] and all(0 not in ids[:-1] for ids in responses)
+    assert all(len(ids) == 7 or ids[-1] == 0 for ids in responses)
+    if beta == 0.5:
+        assert 18 <= (batch["reset_len"] > 0).sum() <= 46  # 3.5 standard deviations of 64 coins
+
+
+def test_a_batch_depends_on_seed_and_update_alone():
+    def drawn(seed, *key):
+        torch.manual_seed(seed)
+        batch = resets(*key[:1], beta=0.5, seed=key[1])
+        return [*map(tuple, batch["ids"].tolist()), *batch["reset_len"].tolist()]
+
+    first = drawn(1, 0, 0)
+    assert drawn(2, 0, 0) == first and first not in (drawn(1, 1, 0), drawn(1, 0, 1))
+
+
+def test_with_rloo_a_group_shares_its_start():
+    batch = resets(beta=1.0, advantages="rloo", group=4)
+    starts = [tuple(query + prefix) for query, _, prefix in zip(*lists(batch))]
+    groups = [starts[i : i + 4] for i in range(0, 64, 4)]
+    assert all(len(set(group)) == 1 for group in groups) and len(set(starts)) > 8
+    assert len(set(map(tuple, batch["ids"].tolist()))) > 32  # what follows differs
+
+
+def endless():
+    """The tokenizer of conftest.py with an EOS that its network cannot draw."""
+    tokenizer = conftest.tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "[NEVER]"})
+    return tokenizer
+
+
+def test_reset_to_sft_starts_with_what_the_sft_network_writes():
+    certain = conftest.network(1)
+    certain.get_output_embeddings().weight.data *= 1e4  # one token has all the probability
+    batch = resets(reference=certain, tokenizer=endless(), beta=1.0, reset_to="sft", batch_size=700)
+    written = {}
+    for query, _, prefix in zip(*lists(batch)):
+        key = tuple(query)
+        written[key] = written.get(key) or slow_rollout(certain, query, [], torch.full((7,), 0.5), 1.0, eos=8)
+        assert prefix == written[key][: len(prefix)]
+    counts = torch.bincount(batch["reset_len"], minlength=7)[1:].double()  # each of 1 ... 6 as often
+    assert counts.sum() == 700 and ((counts - 700 / 6) ** 2 / (700 / 6)).sum() < 20.52  # chi-square, 5 degrees, 99.9 %
+
+
+def test_resets_halve_the_row_steps_of_decoding():
+    rows, steps = [{"prompt": "a b", "reference": " ".join("abcdef" * 4)}], []
+    for beta in (0.0, 1.0):
+        network, seen = conftest.network(), []
+        network.gpt_neox.embed_in.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
+        resets(policy=network, rows=rows, tokenizer=endless(), beta=beta, response_length=24, batch_size=256, micro_batch=32)
+        steps.append(sum(seen))
+    assert steps[0] == 256 * 24 and steps[1] <= 0.55 * steps[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+def test_an_update_on_cuda_is_that_of_the_cpu():
+    results = []
+    for device in ("cpu", "cuda"):
+        s = dataclasses.replace(drpo.parse(["drpo", *conftest.SMALL, "--device", device])[1], beta=0.5)
+        network, backbone = [conftest.network().to(device) for _ in range(2)]
+        reward = backbone.base_model, drpo.scalar_head(torch.linspace(-1, 1, 16, device=device)[None])
+        roles = drpo.build_roles(network, reward, s)
+        optimizer = drpo.make_optimizer(nn.ModuleList([roles.policy, roles.critic, roles.value_head]), 1e-3)
+        rows, tokenizer = conftest.posts(), conftest.tokenizer()
+        responses = drpo.reset_rollouts(roles, rows, 0, tokenizer, s)["response"].tolist()
+        metrics = drpo.drpo_update(roles, optimizer, rows, 0, tokenizer, s, "drpo update 1")
+        figures = {name: value for name, value in metrics.items() if not name.startswith(("seconds", "gb"))}
+        results.append((responses, figures, copy.deepcopy(network).cpu().state_dict()))
+    (responses, figures, weights), (same, others, moved) = results
+    assert same == responses and others == pytest.approx(figures, rel=1e-3, abs=1e-4)
+    assert max((moved[name] - weights[name]).abs().max() for name in weights) < 1e-3

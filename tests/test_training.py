@@ -1,0 +1,398 @@
+"""Sections 6 and 7 of drpo.py: what each stage optimises, against plain loops over single rows, and what stops a run."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import log_of
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import drpo
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def run(start, tmp_path):
+    """run(stage, folder="run", beta=0.5, ...) -> the trained weights in its last checkpoint, and its metrics."""
+
+    def run(stage, folder="run", **changes):
+        drpo.main(start(stage, folder, **changes))
+        folder = tmp_path / folder / stage
+        return torch.load(folder / "checkpoint.pt", weights_only=True)["params"], log_of(folder)
+
+    return run
+
+
+def gap(a, b):
+    """The largest difference between two dicts of tensors with the same names."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def weights_of(modules):
+    return {f"{name}.{key}": p.data for name, module in modules.items() for key, p in module.named_parameters()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plain loops. One row at a time, no padding, no cache, no function of drpo.py that computes a loss, a mask or a rollout
+
+
+def encode(row, field, length, words):
+    """-> (ids of the prompt, ids of the response)."""
+    return words(row["prompt"])["input_ids"][-8:], ([*words(row[field])["input_ids"], 0])[:length]
+
+
+def plain_logits(network, query, response, temperature):
+    """The logits that each response token is drawn from, (n, V)."""
+    return network(torch.tensor([query + response])).logits[0, len(query) - 1 : -1] / temperature
+
+
+def plain_logprobs(network, query, response, temperature=1.0):
+    return plain_logits(network, query, response, temperature).log_softmax(-1)[range(len(response)), response]
+
+
+def plain_states(body, query, response):
+    """The states before each response token, and the one at the last token: (n + 1, d)."""
+    return body(input_ids=torch.tensor([query + response])).last_hidden_state[0, len(query) - 1 :]
+
+
+def plain_sample(network, query, response, uniforms, temperature):
+    """Decodes until EOS (token 0) or one token per uniform: each the inverse of the cumulative distribution at its uniform."""
+    while len(response) < len(uniforms) and response[-1:] != [0]:
+        p = (network(torch.tensor([query + response])).logits[0, -1] / temperature).softmax(-1)
+        response = [*response, int((p.cumsum(0) <= uniforms[len(response)]).sum().clamp(max=len(p) - 1))]
+    return response
+
+
+def plain_whiten(x, centre=True):
+    return (x - x.mean()) / (x.var(correction=0) + 1e-8).sqrt() + (0 if centre else x.mean())
+
+
+def plain_optimizer(modules, lr):
+    """-> step(loss, share of the learning rate) -> norm of the gradient, clipped to 1."""
+    params = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
+
+    def step(loss, share=1.0):
+        optimizer.param_groups[0]["lr"] = lr * share
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        return norm.item()
+
+    return step
+
+
+def plain_update(s):
+    """The first update of Algorithm 1 with PPO or RLOO -> (metrics, {"policy": ..., "critic": ..., "value_head": ...})."""
+    words = drpo.load_tokenizer(f"{s.run_dir}/sft", s)
+    policy, ref = [AutoModelForCausalLM.from_pretrained(f"{s.run_dir}/sft").eval() for _ in range(2)]
+    critic, reward = [AutoModelForSequenceClassification.from_pretrained(f"{s.run_dir}/rm").eval() for _ in range(2)]
+    critic, head, bias, is_gae = critic.base_model, nn.Linear(16, 1), reward.config.reward_bias, s.advantages == "gae"
+    head.load_state_dict({"weight": reward.score.weight, "bias": torch.tensor([-bias])})
+    modules = {"policy": policy, "critic": critic, "value_head": head} if is_gae else {"policy": policy}
+    step = plain_optimizer(modules, s.lr)
+
+    data, group, rng = drpo.load_rows(s.dataset, "reference", 0)[0], 1 if is_gae else s.group, drpo.generator(0, "rollout", 0)
+    rows = [encode(row, "reference", 7, words) for row in drpo.draw(data, s.batch_size // group, 0, 0, "rl")]
+    n = [len([x for x in response if x != 0][:6]) for _, response in rows]
+    is_reset = torch.rand(len(n), generator=rng) < s.beta
+    resets = [1 + int(u * n) for u, n in zip(torch.rand(len(n), generator=rng, dtype=torch.float64), n)]
+    starts = [(q, x[:k] if yes else []) for (q, x), k, yes in zip(rows, resets, is_reset) for _ in range(group)]
+    uniforms, T = torch.rand(len(starts), 7, generator=rng).tolist(), s.temperature
+    with torch.no_grad():
+        rollouts = [(q, plain_sample(ref, q, x, u, T), len(x)) for (q, x), u in zip(starts, uniforms)]
+        old, ref_logprobs = [[plain_logprobs(net, q, x, T)[k:] for q, x, k in rollouts] for net in (policy, ref)]
+        p = torch.cat([plain_logits(policy, q, x, T)[k:] for q, x, k in rollouts]).softmax(-1)
+        kl = torch.stack([(a - b).sum() for a, b in zip(old, ref_logprobs)])
+        all_values = [reward.score(plain_states(reward.base_model, q, x))[:, 0] - bias for q, x, _ in rollouts]
+        scores = torch.stack([v[-1] if x[-1] == 0 else torch.tensor(-1.0) for v, (_, x, _) in zip(all_values, rollouts)])
+        values, advantages = [v[k:-1] for v, (_, _, k) in zip(all_values, rollouts)], []
+        rewards = [-s.kl_coef * (a - b) for a, b in zip(old, ref_logprobs)]
+        for r, score in zip(rewards, scores):
+            r[-1] += score
+        lengths = list(map(len, rewards))
+        if s.whiten_rewards and is_gae:
+            rewards = plain_whiten(torch.cat(rewards), centre=False).split(lengths)
+        for i, (r, v) in enumerate(zip(rewards, values)):
+            if is_gae:  # A_t is the sum of (gamma lambda)^k delta_{t+k}
+                delta = r + s.gamma * torch.cat([v[1:], torch.zeros(1)]) - v
+                discounts = [(s.gamma * s.lam) ** torch.arange(len(r) - t) for t in range(len(r))]
+                advantages += [torch.stack([(discounts[t] * delta[t:]).sum() for t in range(len(r))])]
+            else:
+                gains = [(rewards[j].sum()).item() for j in range(i // group * group, i // group * group + group) if j != i]
+                advantages += [(r.sum() - sum(gains) / len(gains)).expand(len(r))]
+        raw, values = torch.cat(advantages), torch.cat(values)
+        returns, A, old = raw + values, plain_whiten(raw), torch.cat(old)
+
+    sums = torch.zeros(6)
+    for _ in range(s.epochs):
+        ratio = (torch.cat([plain_logprobs(policy, q, x, T)[k:] for q, x, k in rollouts]) - old).exp()
+        terms = torch.stack([-A * ratio, -A * ratio.clamp(1 - s.cliprange, 1 + s.cliprange)])
+        loss = pg_loss = terms.max(0).values.mean()
+        vf_loss, vf_clipfrac = torch.zeros(2)
+        if is_gae:
+            V = torch.cat([head(plain_states(critic, q, x)[k:-1])[:, 0] for q, x, k in rollouts])
+            near = torch.max(torch.min(V, values + s.cliprange_value), values - s.cliprange_value)
+            errors = torch.stack([(V - returns) ** 2, (near - returns) ** 2])
+            vf_loss, vf_clipfrac = 0.5 * errors.max(0).values.mean(), (errors[1] > errors[0]).float().mean()
+            loss = pg_loss + s.vf_coef * vf_loss
+        norm, rho = step(loss), ratio.detach()
+        clipfrac, k3 = (terms[1] > terms[0]).float().mean(), (rho - 1 - rho.log()).mean()
+        sums += torch.stack([pg_loss, clipfrac, rho.mean(), k3, vf_loss, vf_clipfrac]).detach() / s.epochs
+    metrics = dict(zip(("pg_loss", "clipfrac", "ratio", "approx_kl", "vf_loss", "vf_clipfrac"), sums.tolist()))
+    metrics |= {"score": scores.mean().item(), "kl": kl.mean().item(), "entropy": -(p * p.log()).sum(-1).mean().item()}
+    metrics |= {"update": 1, "lr": s.lr, "grad_norm": norm, "loss": metrics["pg_loss"] + s.vf_coef * metrics["vf_loss"]}
+    metrics |= {"response_tokens": sum(len(x) for _, x, _ in rollouts) / len(rollouts), "tokens_decoded": sum(lengths)}
+    metrics |= {"eos_rate": sum(x[-1] == 0 for _, x, _ in rollouts) / len(rollouts)}
+    metrics |= {"reset_share": sum(k > 0 for _, _, k in rollouts) / len(rollouts)}
+    metrics |= {"explained_variance": (1 - raw.var() / returns.var()).item()}
+    if not is_gae:
+        metrics = {name: x for name, x in metrics.items() if name[:2] != "vf" and name != "explained_variance"}
+    return metrics, weights_of(modules)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.6])
+@pytest.mark.parametrize("advantages, whiten", [("gae", True), ("gae", False), ("rloo", False)])
+def test_an_update_is_that_of_a_plain_loop(start, run, advantages, whiten, beta):
+    """With clipping in both losses, a discount, and a KL that the reward feels."""
+    changes = dict(epochs=3, cliprange=0.02, cliprange_value=0.05, gamma=0.9, lam=0.8, kl_coef=0.3, temperature=0.7)
+    changes |= dict(beta=beta, advantages=advantages, group=4, whiten_rewards=whiten, batch_size=16, micro_batch=5, updates=1)
+    weights, [metrics] = run("drpo", reset_to="reference", **changes)
+    wanted, wanted_weights = plain_update(drpo.parse(start("drpo", "plain", reset_to="reference", **changes))[1])
+    assert metrics == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    assert gap(weights, wanted_weights) < 1e-4  # they have moved by up to 0.01
+    assert metrics["clipfrac"] > 0.1 and (advantages == "rloo" or metrics["vf_clipfrac"] > 0.1)
+
+
+def plain_loss(stage, modules, ref, rows, words):
+    """-> (loss, share of pairs in the right order). SFT by transformers' own `labels`, the others one response at a time."""
+    if stage == "sft":
+        ids = [sum(encode(row, "reference", 7, words), []) for row in rows]
+        padded, labels = [torch.tensor([x + [fill] * (max(map(len, ids)) - len(x)) for x in ids]) for fill in (1, -100)]
+        return modules["policy"](input_ids=padded, labels=labels).loss, None
+
+    def score(x):
+        if stage == "rm":
+            return modules["head"](plain_states(modules["reward"], *x)[-1])[0]
+        return 0.5 * (plain_logprobs(modules["policy"], *x) - plain_logprobs(ref, *x)).sum()
+
+    a, b = [torch.stack([score(encode(row, field, 7, words)) for row in rows]) for field in ("chosen", "rejected")]
+    return torch.log1p(torch.exp(b - a)).mean(), (a > b).float().mean().item()
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_a_supervised_stage_takes_the_steps_of_a_plain_loop(start, run, stage):
+    sizes = dict(sft_batch_size=7, rm_batch_size=7, dpo_batch_size=7, updates=3, sft_steps=3, rm_steps=3, dpo_beta=0.5)
+    weights, metrics = run(stage, **sizes)
+    s = drpo.parse(start(stage, "plain", **sizes))[1]
+    words, sft = drpo.load_tokenizer(s.tokenizer, s), s.model if stage == "sft" else f"{s.run_dir}/sft"
+    network, ref = [drpo.load_network(sft, s, trained=True) for _ in range(2)]
+    modules = {"policy": network}
+    if stage == "rm":
+        modules = {"reward": network.base_model, "head": nn.Linear(16, 1, bias=False)}
+        modules["head"].weight.data = torch.randn(1, 16, generator=drpo.generator(0, "rm head")) / math.sqrt(17)
+    data = drpo.load_rows(*((s.dataset, "reference") if stage == "sft" else (s.preference_dataset, "pairs")), 0)[0]
+    step = plain_optimizer(modules, 0.003)
+    for update, share in enumerate((1, 2 / 3, 1 / 3)):
+        loss, accuracy = plain_loss(stage, modules, ref, drpo.draw(data, 7, update, 0, stage), words)
+        wanted = {"update": update + 1, "lr": 0.003 * share, "loss": loss.item(), "grad_norm": step(loss, share)}
+        wanted |= {} if stage == "sft" else {"accuracy": accuracy}
+        assert metrics[update] == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+    plain = weights_of(modules)
+    assert weights.keys() == plain.keys() and gap(weights, plain) < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Means over the batch, the mask, the schedule
+
+
+@pytest.mark.parametrize("stage, advantages", [*((stage, "gae") for stage in ("sft", "rm", "dpo", "drpo")), ("drpo", "rloo")])
+def test_the_gradient_does_not_depend_on_micro_batch(run, monkeypatch, stage, advantages):
+    """Losses are means over the batch, summed over micro-batches. Of seven pairs the last micro-batch is a smaller one."""
+    found, step = [], drpo.step
+
+    def recorded(optimizer, *rest):
+        found.append({i: p.grad.clone() for i, p in enumerate(optimizer.param_groups[0]["params"]) if p.grad is not None})
+        return step(optimizer, *rest)
+
+    monkeypatch.setattr(drpo, "step", recorded)
+    sizes = dict(sft_batch_size=7, rm_batch_size=7, dpo_batch_size=7, updates=1, sft_steps=1, rm_steps=1, epochs=1)
+    for micro_batch in (8, 1, 2, 4):
+        run(stage, str(micro_batch), micro_batch=micro_batch, advantages=advantages, **sizes)
+    assert max(g.abs().max() for g in found[0].values()) > 1e-2 and all(gap(other, found[0]) < 2e-5 for other in found[1:])
+
+
+def test_only_the_states_in_the_mask_get_a_gradient(run, monkeypatch):
+    """States are made leaves behind the transformer, so that each shows what came back to it."""
+    leaves, seen, build, values = [], [], drpo.build_roles, drpo.response_values
+
+    def cut(body, inputs, output):
+        if torch.is_grad_enabled():
+            leaves.append(output.last_hidden_state.detach().requires_grad_())
+            output.last_hidden_state = leaves[-1]
+        return output
+
+    def with_leaves(*args):
+        roles = build(*args)
+        for network in (roles.policy.base_model, roles.critic):
+            network.register_forward_hook(cut)
+        return roles
+
+    monkeypatch.setattr(drpo, "build_roles", with_leaves)
+    monkeypatch.setattr(drpo, "response_values", lambda *args: seen.append(args[2:]) or values(*args))
+    run("drpo", updates=1, beta=0.8, batch_size=16, micro_batch=16)
+    batch, mask = seen[-1]
+    wanted = torch.zeros(batch["ids"].shape, dtype=torch.bool)
+    for row, t in mask.nonzero().tolist():
+        wanted[row, batch["query_len"][row] - 1 + t] = True
+    assert len(leaves) == 4 and 0 < wanted.sum() < batch["response_len"].sum()
+    assert all(torch.equal((leaf.grad != 0).any(-1), wanted) for leaf in leaves)
+
+
+def test_the_learning_rate_falls_linearly_and_is_the_one_in_use(run, monkeypatch):
+    used, step = [], drpo.step
+    monkeypatch.setattr(drpo, "step", lambda *args: used.append(args[0].param_groups[0]["lr"]) or step(*args))
+    _, metrics = run("drpo", updates=4, lr=0.008, epochs=1)
+    assert used == [line["lr"] for line in metrics] == pytest.approx([0.008, 0.006, 0.004, 0.002])
+
+
+def test_the_optimizer_is_the_official_adamw():
+    module = nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    optimizer = drpo.make_optimizer(module, 0.1)
+    wanted = dict(
+        params=[module.weight], lr=0.1, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01, amsgrad=False, maximize=False
+    )
+    assert type(optimizer) is torch.optim.AdamW and {x: optimizer.param_groups[0][x] for x in wanted} == wanted
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PPO, RLOO, LoRA, learning
+
+
+@pytest.mark.parametrize("advantages, lora_r", [("gae", 0), ("gae", 4), ("rloo", 0)])
+def test_ppo_is_drpo_at_beta_0_bit_for_bit(run, advantages, lora_r):
+    changes = dict(updates=2, lora_r=lora_r, advantages=advantages)
+    weights, metrics = run("drpo", "drpo", beta=0.0, **changes)
+    torch.manual_seed(7)  # no random numbers but its own
+    ppo_weights, ppo_metrics = run("ppo", "ppo", beta=0.5, **changes)
+    assert metrics == ppo_metrics and metrics[0]["reset_share"] == 0 and gap(weights, ppo_weights) == 0
+    assert gap(weights, run("drpo", "reset", beta=0.5, **changes)[0]) > 1e-4
+
+
+def test_rloo_has_neither_critic_nor_value_metrics(run):
+    weights, metrics = run("drpo", advantages="rloo")
+    assert {name.partition(".")[0] for name in weights} == {"policy"}
+    assert not {"vf_loss", "vf_clipfrac", "explained_variance"} & metrics[0].keys() and "pg_loss" in metrics[0]
+
+
+def test_supervised_lora_is_merged_into_the_saved_networks(start, tmp_path):
+    command = start("sft", supervised_lora_r=4, sft_lr=0.03)
+    drpo.main(command)
+    merged, original = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "sft"), drpo.resolve("conftest:network")()
+    moved = {name for name, p in merged.state_dict().items() if (p - original.state_dict()[name]).abs().max() > 1e-3}
+    assert moved == {name for name in original.state_dict() if "query_key_value.weight" in name}
+    for stage in ("rm", "drpo"):  # whose check finds that references score 0
+        drpo.main([stage, *command[1:]])
+
+
+def test_the_reward_model_and_the_policy_learn(start, tmp_path):
+    """Pairs whose rejected response is always the same are ranked right, and the policy comes to score higher."""
+    changes = dict(batch_size=32, micro_batch=32, kl_coef=0.01, missing_eos_score=-3.0, updates=12, lr=0.01)
+    command = start("rm", rm_steps=60, rm_lr=0.01, **changes)
+    drpo.main(command)
+    result = json.loads((tmp_path / "run" / "rm" / "result.json").read_text())
+    assert result["accuracy"] > 0.9 and result["accuracy_by_batch"] == {"all": {"accuracy": result["accuracy"], "pairs": 42}}
+    for stage in ("ppo", "drpo"):
+        drpo.main([stage, *command[1:]])
+        metrics = log_of(tmp_path / "run" / stage)
+        first, last = [sum(line["score"] for line in lines) / 3 for lines in (metrics[:3], metrics[-3:])]
+        assert last > first + 0.5 and metrics[0]["kl"] == pytest.approx(0.0, abs=1e-6) and metrics[-1]["kl"] > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What stops a run, with status 3 and before the weights move
+
+
+@pytest.fixture
+def stops(tmp_path, capsys):
+    """stops(command, word, ...) -> how many updates it logged before it ended with status 3 and a line with these words."""
+
+    def stops(command, *words):
+        with pytest.raises(SystemExit) as stopped:
+            drpo.main(command)
+        line = capsys.readouterr().err.rpartition("drpo.py: ")[2].partition("\n")[0]
+        assert stopped.value.code == 3 and all(word in line for word in words), line
+        folder = tmp_path / "run" / command[0]
+        assert not (folder / "result.json").exists()
+        return len(log_of(folder)) if (folder / "metrics.jsonl").exists() else 0
+
+    return stops
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_reference_that_is_not_the_sft_network_stops_the_run(start, stops, monkeypatch, lora_r):
+    twin = drpo.twin
+
+    def mistaken(network, s, role):
+        trained, frozen = twin(network, s, role)
+        for name, p in trained.named_parameters():
+            p.data += 0.01 * (role == "policy" and ("lora_B" in name or not lora_r))
+        return trained, frozen
+
+    monkeypatch.setattr(drpo, "twin", mistaken)
+    assert stops(start("drpo", lora_r=lora_r), "drpo update 1", "reference") == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_resets_that_do_not_follow_beta_stop_the_run(start, stops, monkeypatch, share):
+    original = drpo.sample_reset_lengths
+    monkeypatch.setattr(drpo, "sample_reset_lengths", lambda n, beta, *rest: original(n, share, *rest))
+    assert stops(start("drpo", beta=0.5, batch_size=32), "drpo update 1", "beta") == 0
+
+
+@pytest.mark.parametrize("shift", [-1.0, 1.0])
+def test_references_that_do_not_score_0_stop_the_run(start, stops, tmp_path, shift):
+    command, path = start("drpo"), tmp_path / "run" / "rm" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"reward_bias": config["reward_bias"] + shift}))
+    assert stops(command, "reward model", "references") == 0
+
+
+@pytest.mark.parametrize("advantages", ["gae", "rloo"])
+def test_a_ratio_that_does_not_start_at_1_stops_the_run(start, stops, monkeypatch, advantages):
+    """Training forgets the sampling temperature."""
+    original = drpo.response_logprobs
+    monkeypatch.setattr(drpo, "response_logprobs", lambda *args: original(*args[:3], 1.0 if torch.is_grad_enabled() else 0.7))
+    assert stops(start("drpo", temperature=0.7, advantages=advantages), "drpo update 1", "before any step") == 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "drpo"])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(start, stops, tmp_path, monkeypatch, stage):
+    before, step, folder = [], drpo.step, tmp_path / "run" / stage
+
+    def planted(optimizer, s, where, batch):
+        if where == f"{stage} update 2":
+            params = optimizer.param_groups[0]["params"]
+            params[0].grad.view(-1)[0] = math.inf
+            before.extend((p, p.detach().clone()) for p in params)
+        return step(optimizer, s, where, batch)
+
+    monkeypatch.setattr(drpo, "step", planted)
+    assert stops(start(stage), f"{stage} update 2", "gradient", "not finite", "bad_batch.pt") == 1
+    assert before and all(torch.equal(p, was) for p, was in before)
+    assert torch.load(folder / "bad_batch.pt", weights_only=True)["response"].shape[1] == 7
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["update"] == 1
+
+
+def test_a_score_that_is_not_a_number_is_named_and_kept(start, stops, tmp_path, monkeypatch):
+    original = drpo.end_scores
+    monkeypatch.setattr(drpo, "end_scores", lambda *args: original(*args) * (math.nan if "reset_len" in args[2] else 1))
+    assert stops(start("drpo"), "drpo update 1", "scores", "advantages", "not finite") == 0
+    kept = torch.load(tmp_path / "run" / "drpo" / "bad_batch.pt", weights_only=True)
+    assert kept["scores"].isnan().any() and kept["response"].shape == (8, 7) and kept["logprobs"].isfinite().all()
