@@ -644,7 +644,7 @@ def training(stage, updates, lr, modules, s):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
             for name, p in params.items():
                 p.data.copy_(saved["params"][name])
-            optimizer.load_state_dict(saved["optimizer"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(saved["moments"]))})
             done = saved["update"]
         print(f"{stage}: resumes after update {done}")
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if log.exists() else "")
@@ -662,8 +662,9 @@ def training(stage, updates, lr, modules, s):
                 file.write(json.dumps(metrics) + "\n")
             stopping = summed(torch.tensor(len(asked))).item() > 0
             if (update + 1) % s.save_every == 0 or update + 1 == updates or stopping:
-                weights = {name: p.detach() for name, p in params.items()}
-                save_whole({"params": weights, "optimizer": optimizer.state_dict(), "update": update + 1}, checkpoint)
+                moments = [{k: x.cpu() for k, x in optimizer.state[p].items()} for p in params.values()]
+                weights = {name: p.detach().cpu() for name, p in params.items()}
+                save_whole({"params": weights, "moments": moments, "update": update + 1}, checkpoint)
             if stopping:
                 stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command resumes", 0)
 

@@ -261,7 +261,11 @@ def test_bfloat16_changes_products_only(monkeypatch, trained, dtype):
         policy = drpo.add_lora(network, 4, 0, "policy")
         assert {(p.dtype, p.requires_grad) for p in policy.parameters()} == {(dtype, False), (torch.float32, True)}
         logprobs, entropy = drpo.response_logprobs(policy, BATCH, MASK)
-        found = drpo.end_scores(network.base_model, HEAD, BATCH)
+        found, state = (
+            drpo.end_scores(network.base_model, HEAD, BATCH),
+            network.base_model(BATCH["ids"]).last_hidden_state[0, 3],
+        )
+    close(found[0], HEAD(state.float())[0])  # the head is float32, outside of autocast
     assert logprobs.dtype == entropy.dtype == found.dtype == torch.float32
     assert 0 < (logprobs - wanted).abs().max() < 0.1 and 0 < (found - scores).abs().max() < 0.3
 

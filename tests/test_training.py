@@ -87,31 +87,35 @@ def plain_optimizer(modules, lr):
     return step
 
 
-def plain_update(s):
-    """The first update of Algorithm 1 with PPO or RLOO -> (metrics, {"policy": ..., "critic": ..., "value_head": ...})."""
-    words = drpo.load_tokenizer(f"{s.run_dir}/sft", s)
+def plain_training(s):
+    """Two updates of Algorithm 1 with PPO or RLOO -> (metrics of each, weights of policy, critic and value_head)."""
     policy, ref = [AutoModelForCausalLM.from_pretrained(f"{s.run_dir}/sft").eval() for _ in range(2)]
     critic, reward = [AutoModelForSequenceClassification.from_pretrained(f"{s.run_dir}/rm").eval() for _ in range(2)]
-    critic, head, bias, is_gae = critic.base_model, nn.Linear(16, 1), reward.config.reward_bias, s.advantages == "gae"
-    head.load_state_dict({"weight": reward.score.weight, "bias": torch.tensor([-bias])})
-    modules = {"policy": policy, "critic": critic, "value_head": head} if is_gae else {"policy": policy}
+    critic, head = critic.base_model, nn.Linear(16, 1)
+    head.load_state_dict({"weight": reward.score.weight, "bias": torch.tensor([-reward.config.reward_bias])})
+    modules = {"policy": policy} | ({"critic": critic, "value_head": head} if s.advantages == "gae" else {})
     step = plain_optimizer(modules, s.lr)
+    return [plain_update(s, update, policy, ref, critic, head, reward, step) for update in (0, 1)], weights_of(modules)
 
-    data, group, rng = drpo.load_rows(s.dataset, "reference", 0)[0], 1 if is_gae else s.group, drpo.generator(0, "rollout", 0)
-    rows = [encode(row, "reference", 7, words) for row in drpo.draw(data, s.batch_size // group, 0, 0, "rl")]
+
+def plain_update(s, update, policy, ref, critic, head, reward, step):
+    is_gae, words = s.advantages == "gae", drpo.load_tokenizer(f"{s.run_dir}/sft", s)
+    group, rng = 1 if is_gae else s.group, drpo.generator(0, "rollout", update)
+    data = drpo.draw(drpo.load_rows(s.dataset, "reference", 0)[0], s.batch_size // group, update, 0, "rl")
+    rows = [encode(row, "reference", 7, words) for row in data]
     n = [len([x for x in response if x != 0][:6]) for _, response in rows]
     is_reset = torch.rand(len(n), generator=rng) < s.beta
     resets = [1 + int(u * n) for u, n in zip(torch.rand(len(n), generator=rng, dtype=torch.float64), n)]
     starts = [(q, x[:k] if yes else []) for (q, x), k, yes in zip(rows, resets, is_reset) for _ in range(group)]
     uniforms, T = torch.rand(len(starts), 7, generator=rng).tolist(), s.temperature
     with torch.no_grad():
-        rollouts = [(q, plain_sample(ref, q, x, u, T), len(x)) for (q, x), u in zip(starts, uniforms)]
+        rollouts = [(q, plain_sample(policy, q, x, u, T), len(x)) for (q, x), u in zip(starts, uniforms)]
         old, ref_logprobs = [[plain_logprobs(net, q, x, T)[k:] for q, x, k in rollouts] for net in (policy, ref)]
         p = torch.cat([plain_logits(policy, q, x, T)[k:] for q, x, k in rollouts]).softmax(-1)
         kl = torch.stack([(a - b).sum() for a, b in zip(old, ref_logprobs)])
-        all_values = [reward.score(plain_states(reward.base_model, q, x))[:, 0] - bias for q, x, _ in rollouts]
-        scores = torch.stack([v[-1] if x[-1] == 0 else torch.tensor(-1.0) for v, (_, x, _) in zip(all_values, rollouts)])
-        values, advantages = [v[k:-1] for v, (_, _, k) in zip(all_values, rollouts)], []
+        scores = [reward(torch.tensor([q + x])).logits[0, 0] - reward.config.reward_bias for q, x, _ in rollouts]
+        scores = torch.stack([r if x[-1] == 0 else torch.tensor(-1.0) for r, (_, x, _) in zip(scores, rollouts)])
+        values, advantages = [head(plain_states(critic, q, x)[k:-1])[:, 0] for q, x, k in rollouts], []
         rewards = [-s.kl_coef * (a - b) for a, b in zip(old, ref_logprobs)]
         for r, score in zip(rewards, scores):
             r[-1] += score
@@ -141,32 +145,39 @@ def plain_update(s):
             errors = torch.stack([(V - returns) ** 2, (near - returns) ** 2])
             vf_loss, vf_clipfrac = 0.5 * errors.max(0).values.mean(), (errors[1] > errors[0]).float().mean()
             loss = pg_loss + s.vf_coef * vf_loss
-        norm, rho = step(loss), ratio.detach()
+        norm, rho = step(loss, 1 - update / 2), ratio.detach()
         clipfrac, k3 = (terms[1] > terms[0]).float().mean(), (rho - 1 - rho.log()).mean()
         sums += torch.stack([pg_loss, clipfrac, rho.mean(), k3, vf_loss, vf_clipfrac]).detach() / s.epochs
     metrics = dict(zip(("pg_loss", "clipfrac", "ratio", "approx_kl", "vf_loss", "vf_clipfrac"), sums.tolist()))
     metrics |= {"score": scores.mean().item(), "kl": kl.mean().item(), "entropy": -(p * p.log()).sum(-1).mean().item()}
-    metrics |= {"update": 1, "lr": s.lr, "grad_norm": norm, "loss": metrics["pg_loss"] + s.vf_coef * metrics["vf_loss"]}
+    metrics |= {
+        "update": update + 1,
+        "lr": s.lr * (1 - update / 2),
+        "grad_norm": norm,
+        "loss": metrics["pg_loss"] + s.vf_coef * metrics["vf_loss"],
+    }
     metrics |= {"response_tokens": sum(len(x) for _, x, _ in rollouts) / len(rollouts), "tokens_decoded": sum(lengths)}
     metrics |= {"eos_rate": sum(x[-1] == 0 for _, x, _ in rollouts) / len(rollouts)}
     metrics |= {"reset_share": sum(k > 0 for _, _, k in rollouts) / len(rollouts)}
     metrics |= {"explained_variance": (1 - raw.var() / returns.var()).item()}
     if not is_gae:
         metrics = {name: x for name, x in metrics.items() if name[:2] != "vf" and name != "explained_variance"}
-    return metrics, weights_of(modules)
+    return metrics
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.6])
 @pytest.mark.parametrize("advantages, whiten", [("gae", True), ("gae", False), ("rloo", False)])
-def test_an_update_is_that_of_a_plain_loop(start, run, advantages, whiten, beta):
-    """With clipping in both losses, a discount, and a KL that the reward feels."""
-    changes = dict(epochs=3, cliprange=0.02, cliprange_value=0.05, gamma=0.9, lam=0.8, kl_coef=0.3, temperature=0.7)
-    changes |= dict(beta=beta, advantages=advantages, group=4, whiten_rewards=whiten, batch_size=16, micro_batch=5, updates=1)
-    weights, [metrics] = run("drpo", reset_to="reference", **changes)
-    wanted, wanted_weights = plain_update(drpo.parse(start("drpo", "plain", reset_to="reference", **changes))[1])
-    assert metrics == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+def test_updates_are_those_of_a_plain_loop(start, run, advantages, whiten, beta):
+    """Two of them, so that there is a KL. With clipping in both losses and a discount."""
+    changes = dict(epochs=3, cliprange=0.02, cliprange_value=0.05, gamma=0.9, lam=0.8, kl_coef=0.5, temperature=0.7)
+    changes |= dict(beta=beta, advantages=advantages, group=4, whiten_rewards=whiten, batch_size=16, micro_batch=5, updates=2)
+    weights, metrics = run("drpo", reset_to="reference", **changes)
+    wanted, wanted_weights = plain_training(drpo.parse(start("drpo", "plain", reset_to="reference", **changes))[1])
+    for line, wanted_line in zip(metrics, wanted, strict=True):
+        assert line == pytest.approx(wanted_line, rel=1e-3, abs=1e-4)
     assert gap(weights, wanted_weights) < 1e-4  # they have moved by up to 0.01
-    assert metrics["clipfrac"] > 0.1 and (advantages == "rloo" or metrics["vf_clipfrac"] > 0.1)
+    assert metrics[1]["clipfrac"] > 0.1 and (advantages == "rloo" or metrics[1]["vf_clipfrac"] > 0.1)
+    assert metrics[1]["kl"] > 0.05 and metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def plain_loss(stage, modules, ref, rows, words):

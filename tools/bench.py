@@ -687,7 +687,6 @@ def parse(argv):
 def main(argv=None):
     sys.path.append(os.getcwd())  # for module:function
     transformers.logging.set_verbosity_error()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as drpo.main
     options, s, shape = parse(argv)
 
     def save(figures):
