@@ -235,7 +235,13 @@ def read_source(source, seed):
         splits = {split: resolve(source, split=split, seed=seed)() for split in ("train", "validation")}
     elif path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
         with (gzip.open if source.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            rows = json.load(file) if kind == "json" else csv.DictReader(file) if kind == "csv" else map(json.loads, file)
+            rows = (
+                json.load(file)
+                if kind == "json"
+                else csv.DictReader(file)
+                if kind == "csv"
+                else [json.loads(x) for x in file if x.strip()]
+            )
             splits = list(rows["data"] if isinstance(rows, dict) else rows)
     else:
         datasets = importlib.import_module("datasets")
@@ -246,9 +252,9 @@ def read_source(source, seed):
         else:
             splits = datasets.load_dataset(*[source] if path.exists() else source.split(":"))
     splits = splits if isinstance(splits, dict) else {"train": splits}
-    train = [read_row(row) for row in splits["train"]]
+    train = [read_row(row) | {"number": number} for number, row in enumerate(splits["train"])]
     if found := [name for name in ("validation", "valid", "test", "valid1") if name in splits]:
-        return train, [read_row(row) for row in splits[found[0]]]
+        return train, [read_row(row) | {"number": number} for number, row in enumerate(splits[found[0]])]
     prompts = sorted({str(row["prompt"]) for row in train})
     out = set(draw(prompts or [""], max(1, len(prompts) // 10), 0, seed, "held out"))
     return [[row for row in train if (str(row["prompt"]) in out) == side] for side in (False, True)]
@@ -261,10 +267,11 @@ def load_rows(source, kind, seed):
     fields, result = ["prompt", "reference"] if kind == "reference" else ["prompt", "chosen", "rejected"], []
     with blame(f"{source}: cannot be read"):
         splits = read_source(source, seed)
+    for row, name in ((row, name) for rows in splits for row in rows for name in fields):
+        if not isinstance(row[name], str) or re.search("[\ud800-\udfff]", row[name]):
+            found = f"{row[name]!a:.40}" + " (write messages out as text)" * any(isinstance(x, list) for x in row.values())
+            stop(f"{source}: row {row['number']}: {name} must be text, not {found}; a row needs {', '.join(fields)}")
     for part, rows in zip(("training", "held-out"), splits):
-        for number, name in ((i, name) for i, row in enumerate(rows) for name in fields if not isinstance(row[name], str)):
-            found = str(rows[number][name])[:40] + " (write messages out as text)" * isinstance(rows[number][name], list)
-            stop(f"{source}: {part} row {number}: {name} must be text, not {found}; a row needs {', '.join(fields)}")
         texts = [{name: row[name].removesuffix("<|endoftext|>").strip() for name in fields} for row in rows]
         kept = [x | {"batch": row["batch"]} for x, row in zip(texts, rows) if len(set(x.values()) - {""}) == len(fields)]
         if len(kept) < len(rows):
@@ -276,14 +283,14 @@ def load_rows(source, kind, seed):
 def encode_query(prompt, tokenizer, length):
     """-> at most `length` ids. A post or article that is too long loses its last line, or characters, until it fits (OpenAI's
     rule): title and "TL;DR:" stay. Other prompts lose their beginning, but for a BOS. An EOS that the tokenizer adds goes."""
-    match = re.fullmatch(r"(.*?\n+POST:|Article:)(.*)(\n+TL;DR:)", prompt, re.S)
+    match = re.fullmatch(r"(.*?\n+POST:|Article:)(.*?)(\n+TL;DR:)", prompt, re.S)
     head, post, tail = match.groups() if match else (prompt, "", "")
     while True:
         ids = tokenizer(head + post + tail)["input_ids"]
         ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
         if len(ids) <= length or not post:
             bos = ids[:1] if len(ids) > length and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
-            return bos + ids[len(bos) - length :]
+            return bos + ids[max(0, len(ids) - length + len(bos)) :]
         cut = post.rfind("\n")  # if there is none, characters go, each of which is at most four tokens, its bytes
         post = post[: cut if cut >= 0 else -max(1, (len(ids) - length) // 4)]
 
@@ -356,15 +363,21 @@ def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):
     dtype = torch.float32 if trained else getattr(torch, s.dtype)
     network = load(cls, name, s, dtype=dtype, **kwargs)
     if cls is AutoModelForSequenceClassification and not hasattr(network, "score"):  # a causal network of a module:function
-        body, network = network.base_model, cls.from_config(network.config, num_labels=1)
+        network.config.num_labels, body = 1, network.base_model
+        network = cls.from_config(network.config)
         network.base_model.load_state_dict(body.state_dict())
     network = network.to(s.device, dtype).eval()
     if cls is AutoModelForCausalLM:  # decoding pads on the left and keeps a cache: it must see what a plain pass sees
         with torch.no_grad(), blame(f"--model {name}: cannot be used"):
-            (body, head), ids = body_and_head(network), torch.arange(3, device=s.device)[None]
-            plain = network(ids[:, 1:], use_cache=False).logits[:, -1].float()
-            states = next_states(body, ids, ids > 0, transformers.DynamicCache(config=body.config))
-            if not (logits_of(head, states, 1.0) - plain).norm() < (1e-3 if dtype == torch.float32 else 5e-2) * plain.norm():
+            (body, head), ids = body_and_head(network), torch.arange(8, device=s.device).view(2, 4)
+            plain, cache = (
+                network(ids[:1, 1:], use_cache=False).logits[:, -1].float(),
+                transformers.DynamicCache(config=body.config),
+            )
+            next_states(body, ids[:, :3], ids[:, :3] > 0, cache)
+            cache.batch_select_indices(torch.tensor([0], device=s.device))  # rows that have ended leave
+            states = next_states(body, ids[:1, 3:], ids[:1] > 0, cache)
+            if not (logits_of(head, states, 1.0) - plain).norm() < (1e-3 if s.dtype == "float32" else 5e-2) * plain.norm():
                 raise ValueError("left padding, or more than a linear head, changes its logits")
     for layer in network.modules() if s.checkpoint_activations else []:  # transformers' own switch needs train mode: dropout
         if isinstance(layer, GradientCheckpointingLayer):
@@ -730,9 +743,10 @@ def train_sft(s):
         stop(f"--tokenizer has {len(tokenizer)} tokens, --model {s.model} embeds {config.vocab_size}")
     if shutil.disk_usage(s.run_dir).free < sum(p.numel() for p in network.parameters()) * (4 if s.supervised_lora_r else 28):
         stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
-    if s.lora_r:  # tried now, not after the supervised stages
-        with blame(f"--model {s.model}: cannot be trained with LoRA, only with --lora_r 0"):
-            add_lora(network, s.lora_r, s.seed, "trial").unload().requires_grad_(True)
+    with blame(f"--model {s.model}: cannot be a reward model, or be trained with LoRA (then use --lora_r 0)"):  # tried early
+        with torch.device("meta"):
+            AutoModelForSequenceClassification.from_config(config)
+        add_lora(network, s.lora_r, s.seed, "trial").unload().requires_grad_(True) if s.lora_r else None
     if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < config.vocab_size:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -1044,7 +1058,8 @@ def inputs(stage, s):
     for needed in [x for x in NEEDS[stage] if finished(s, x)]:  # its seconds tell one training from another
         new[needed] = json.loads(Path(s.run_dir, needed, "result.json").read_text())["seconds"]
     new["files of model"] = [[x.name, x.stat().st_mtime] for x in sorted(Path(s.model).glob("*.safetensors")) if stage == "sft"]
-    old = json.loads(path.read_text()) if path.exists() else new
+    begun = path.exists() and (finished(s, stage) or path.with_name("checkpoint.pt").exists())
+    old = json.loads(path.read_text()) if begun else new
     if changed := [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]:
         stop(f"{path.parent} was made with other settings ({'; '.join(changed)}): name another --run_dir or delete it")
     return new

@@ -3,7 +3,6 @@
 Rows are made up here, with the columns of the datasets on the Hub. The last tests read real posts and dialogues from the folder
 that the environment variable DRPO_DATA names."""
 
-import functools
 import gzip
 import json
 import os
@@ -24,7 +23,6 @@ POST = "SUBREDDIT: r/advice\n\nTITLE: title {i}\n\nPOST: first line {i}\n\nlast 
 ONE_NEWLINE = POST.replace("\n\n", "\n")
 ARTICLE = "Article:\n(CNN) Story {i}.\nIt ends.\n\nTL;DR:"
 HH = "\n\nHuman: question {i}\n\nAssistant: answer {i}\n\nHuman: and then?\n\nAssistant:"
-BUG = functools.partial(pytest.mark.xfail, strict=True)
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +126,6 @@ def test_texts_stay_texts_in_files_of_every_make():
         assert sorted([{x: row[x] for x in rows[0]} for row in sum(parts, [])], key=rows.index) == rows
 
 
-@BUG(reason="JSONDecodeError: line 2 column 1")
 def test_blank_lines_of_jsonl_are_skipped():
     Path("x.jsonl").write_text("\n\n".join(map(json.dumps, rows_of())) + "\n\n")
     assert sum(map(len, drpo.load_rows("x.jsonl", "reference", 0))) == N
@@ -194,7 +191,7 @@ def with_row(number, **columns):
 
 
 NO_ROWS, TURNS = "no usable training rows", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-BAD = {  # file: its rows or its text, words of the line, and what is wrong today
+BAD = {  # file: its rows or its text, and words of the line
     "column.jsonl": ([{"prompt": f"p{i}", "text": "y"} for i in range(N)], ["row", "reference must be text, not None"]),
     "none.jsonl": (with_row(4, reference=None), ["row", "reference must be text, not None"]),
     "messages.jsonl": (with_row(4, reference=TURNS), ["row", "reference", "messages"]),
@@ -206,16 +203,16 @@ BAD = {  # file: its rows or its text, words of the line, and what is wrong toda
     "broken.jsonl": ('{"prompt": "x", "reference": "y"}\n{"prompt": "x",\n', ["cannot be read", "JSON"]),
     "choice.jsonl": ([{**COMPARISON, "choice": i // 4} for i in range(N)], ["cannot be read"]),
     "binary.parquet": ("no parquet", ["cannot be read"]),
-    "row.jsonl": (with_row(19, reference=None), ["row 19"], "the number is of the part, not of the file"),
-    "prompt.jsonl": ([{"question": f"p{i}"} for i in range(N)], ["prompt must be text"], f"says: {NO_ROWS} among 0"),
-    "chat_pairs.jsonl": ([{"chosen": TURNS, "rejected": TURNS[:1]}] * N, ["messages"], f"says: {NO_ROWS} among 0"),
-    "surrogate.jsonl": (with_row(4, reference="y\ud83d"), ["row", "reference"], "a traceback in the tokenizer"),
+    "row.jsonl": (with_row(19, reference=None), ["row 19"]),
+    "prompt.jsonl": ([{"question": f"p{i}"} for i in range(N)], ["prompt must be text"]),
+    "chat_pairs.jsonl": ([{"chosen": TURNS, "rejected": TURNS[:1]}] * N, ["messages"]),
+    "surrogate.jsonl": (with_row(4, reference="y\ud83d"), ["row", "reference"]),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=[BUG(reason=y[2])] if y[2:] else []) for x, y in BAD.items()])
+@pytest.mark.parametrize("name", BAD)
 def test_bad_rows_are_refused_in_one_line(capsys, name):
-    content, words = BAD[name][:2]
+    content, words = BAD[name]
     Path(name).write_text(content) if isinstance(content, str) else write(name, content)
     line = refused(capsys, drpo.load_rows, name, "pairs" if "pairs" in name else "reference", 0)
     assert all(word in line for word in [name, *words]), line
@@ -238,7 +235,6 @@ def letters(added=""):
 
 LETTERS = letters()
 HEAD, TAIL = "SUBREDDIT: r/a\n\nTITLE: t\n\nPOST:", "\n\nTL;DR:"  # 31 and 8 letters
-GREEDY = BUG(reason="the pattern leaves one newline of two before TL;DR:")
 
 
 def encoded(prompt, length, tokenizer=LETTERS):
@@ -247,7 +243,6 @@ def encoded(prompt, length, tokenizer=LETTERS):
     return tokenizer.decode(ids)
 
 
-@GREEDY
 def test_a_long_post_loses_its_last_lines_then_characters():
     post, kept = " one\ntwo\n\nfour\nxy", {56: 17, 55: 14, 53: 14, 52: 9, 48: 9, 47: 8, 46: 4, 43: 4, 42: 3, 40: 1, 39: 0}
     assert all(encoded(HEAD + post + TAIL, length) == HEAD + post[:n] + TAIL for length, n in kept.items())
@@ -264,7 +259,6 @@ LONG = {  # a prompt, and what is left of it when it may not be so long
 }
 
 
-@GREEDY
 def test_title_and_mark_stay_when_a_post_is_cut():
     for prompt, kept in LONG.items():
         assert encoded(prompt, len(prompt)) == prompt and encoded(prompt, len(prompt) - 1) == kept
@@ -283,7 +277,6 @@ def official_loop(prompt, tokenizer, length):
     return ids[-length:]
 
 
-@GREEDY
 def test_a_cut_is_that_of_the_official_loop_at_every_length():
     bpe, rng, words = toy_text.bpe_tokenizer(), random.Random(0), "so my sister broke our bike 日本 i feel angry".split()
     post = "".join(" ".join(rng.choices(words, k=6)) + rng.choice([" . ", " .\n", " .\n\n"]) for _ in range(8))
@@ -292,7 +285,6 @@ def test_a_cut_is_that_of_the_official_loop_at_every_length():
         assert drpo.encode_query(prompt, bpe, length) == official_loop(prompt, bpe, length)
 
 
-@GREEDY
 def test_a_bos_stays_and_an_eos_that_is_added_goes():
     both, post, cut = letters(f"[BOS] $A {EOS}"), f"{HEAD} one\ntwo{TAIL}", f"{HEAD} one{TAIL}"
     for prompt, length, kept in ((post, 99, post), (post, 44, cut), ("abcdef", 7, "abcdef"), ("abcdef", 4, "def")):
@@ -361,7 +353,6 @@ def pythia():
     return PreTrainedTokenizerFast(tokenizer_file=f"{os.environ['DRPO_DATA']}/pythia_tokenizer.json", eos_token=EOS)
 
 
-@GREEDY
 def test_real_posts_keep_title_and_end_and_responses_fit(real):
     tokenizer, cut, lengths = pythia(), 0, []
     for row in real("tldr_train.jsonl", "reference") + real("tldr_validation.jsonl", "reference"):

@@ -143,7 +143,6 @@ def test_a_signal_lets_the_update_end_saves_and_exits_with_0(start, small_run, t
     assert_same(folder, small_run / "drpo")
 
 
-@pytest.mark.xfail(strict=True, reason="the request is forgotten, and the next stage begins")
 def test_a_signal_in_the_last_update_of_a_stage_stops_the_run(tmp_path, ends, monkeypatch):
     step = drpo.step
 
@@ -183,10 +182,7 @@ def more_posts():
         ("sft --dataset test_resume:more_posts", ["dataset was conftest:posts, is"]),
         ("drpo rows", ["rows of dataset was"]),
         ("drpo retrained", ["rm was"]),
-        pytest.param(
-            *("all --kl_coef 0.2", ["kl_coef was 0.1, is 0.2"]),
-            marks=pytest.mark.xfail(strict=True, reason="dpo is trained before ppo and drpo are refused"),
-        ),
+        ("all --kl_coef 0.2", ["kl_coef was 0.1, is 0.2"]),  # before dpo, which is not finished, is trained
     ],
 )
 def test_changed_inputs_are_refused_by_name(small_run, tmp_path, ends, monkeypatch, change, words):

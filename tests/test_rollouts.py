@@ -66,7 +66,7 @@ def test_rollouts_are_those_of_whole_forward_passes(kind):
 
 
 @torch.no_grad()
-def test_all_uniforms_together_give_the_probabilities_that_are_scored():
+def test_all_uniforms_together_give_the_scored_probabilities():
     """Two tokens of a vocabulary of eight, on a grid of uniforms: a frequency is off by at most a step for each token."""
     network, query, K = conftest.network(), [2, 5, 3], 128
     grid = (torch.cartesian_prod(torch.arange(K), torch.arange(K)) + 0.5) / K
@@ -90,7 +90,7 @@ def test_rollouts_do_not_depend_on_the_rows_beside_them(kind):
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt2"])
-def test_a_prefix_fed_at_once_is_the_same_tokens_forced_one_by_one(kind):
+def test_a_prefix_fed_at_once_equals_tokens_forced_one_by_one(kind):
     network = likely_eos(tiny(kind))
     whole = roll(network, QUERIES, [[]] * 9, U)
     for n in range(1, T):  # a rollout reset to a part of itself ends as it did
