@@ -235,13 +235,8 @@ def read_source(source, seed):
         splits = {split: resolve(source, split=split, seed=seed)() for split in ("train", "validation")}
     elif path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
         with (gzip.open if source.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            rows = (
-                json.load(file)
-                if kind == "json"
-                else csv.DictReader(file)
-                if kind == "csv"
-                else [json.loads(x) for x in file if x.strip()]
-            )
+            read = {"json": json.load, "csv": csv.DictReader, "jsonl": lambda file: [json.loads(x) for x in file if x.strip()]}
+            rows = read[kind](file)
             splits = list(rows["data"] if isinstance(rows, dict) else rows)
     else:
         datasets = importlib.import_module("datasets")
@@ -370,10 +365,8 @@ def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):
     if cls is AutoModelForCausalLM:  # decoding pads on the left and keeps a cache: it must see what a plain pass sees
         with torch.no_grad(), blame(f"--model {name}: cannot be used"):
             (body, head), ids = body_and_head(network), torch.arange(8, device=s.device).view(2, 4)
-            plain, cache = (
-                network(ids[:1, 1:], use_cache=False).logits[:, -1].float(),
-                transformers.DynamicCache(config=body.config),
-            )
+            plain = network(ids[:1, 1:], use_cache=False).logits[:, -1].float()
+            cache = transformers.DynamicCache(config=body.config)
             next_states(body, ids[:, :3], ids[:, :3] > 0, cache)
             cache.batch_select_indices(torch.tensor([0], device=s.device))  # rows that have ended leave
             states = next_states(body, ids[:1, 3:], ids[:1] > 0, cache)
@@ -397,15 +390,10 @@ def add_lora(network, r, seed, role):
 
 def twin(network, s, role):
     """-> (trained, frozen): the network as it will be trained, and a context manager that gives it as it is now."""
+    shared = {id(p): p for p in network.parameters()} if s.lora_r else {}  # LoRA trains none of them: one copy serves both
+    original = copy.deepcopy(network, shared).requires_grad_(False)
     trained = add_lora(network, s.lora_r, s.seed, role) if s.lora_r else network
-    original = None if s.lora_r else copy.deepcopy(network).requires_grad_(False)
-
-    @contextlib.contextmanager
-    def frozen():
-        with trained.disable_adapter() if s.lora_r else contextlib.nullcontext():
-            yield trained if s.lora_r else original
-
-    return trained, frozen
+    return trained, lambda: contextlib.nullcontext(original)
 
 
 def load_reward(folder, s, trained=False):
@@ -780,7 +768,8 @@ def train_rm(s):
     backbone = backbone.merge_and_unload() if s.supervised_lora_r else backbone
     score, references = functools.partial(end_scores, backbone, head), load_rows(s.dataset, "reference", s.seed)[0]
     references = draw(references, min(2048, len(references)), 0, s.seed, "bias")
-    scores, model.score.weight.data = per_row(score, references, None, s, tokenizer), head.weight.data
+    model.score.weight.data.copy_(head.weight)
+    scores = per_row(score, references, None, s, tokenizer)
     model.config.reward_bias = scores.mean().item()  # N+ detail 15: references score 0 on average
     model.config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     save_network(model, tokenizer, Path(s.run_dir) / "rm")
@@ -857,10 +846,9 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
         scores = torch.zeros(B, device=s.device)
         for i, part in micro_batches(batch, s.micro_batch):
             logprobs[i], entropy[i] = response_logprobs(roles.policy, part, mask[i], s.temperature)
-            with roles.reference() as network:
-                ref_logprobs[i], _ = response_logprobs(network, part, mask[i], s.temperature)
-            with roles.reward() as network:
-                scores[i] = end_scores(network, roles.reward_head, part)
+            with roles.reference() as reference, roles.reward() as reward:
+                ref_logprobs[i], _ = response_logprobs(reference, part, mask[i], s.temperature)
+                scores[i] = end_scores(reward, roles.reward_head, part)
             if is_gae:
                 values[i] = response_values(roles.critic, roles.value_head, part, mask[i])
         summed(of_steps), summed(scores)

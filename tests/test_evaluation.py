@@ -116,20 +116,28 @@ def test_only_finished_methods_are_evaluated(copy):
     assert list(report["methods"]) == ["sft", "drpo"] and set(samples[0]) == {"prompt", "reference", "sft", "drpo"}
 
 
-def test_the_score_is_of_token_ids_and_no_eos_costs_the_penalty(copy, monkeypatch):
-    """As transformers alone computes it from the very ids that were sampled, text aside, at each of the two temperatures."""
-    responses, sample = [], drpo.sample
+@torch.no_grad()
+def test_scores_and_kl_are_of_the_sampled_ids_and_no_eos_is_fined(copy, monkeypatch):
+    """By transformers alone, from the very ids that were sampled, text aside, at each of the two temperatures."""
+    responses, sample, words = [], drpo.sample, conftest.tokenizer()
     monkeypatch.setattr(drpo, "sample", lambda *args: responses.append(sample(*args)) or responses[-1])
     samples, model = evaluated(copy)[0], AutoModelForSequenceClassification.from_pretrained(copy / "rm").eval()
-    words, names = conftest.tokenizer(), [(method, name) for method in METHODS for name in ("rm_score", "kl_rm_score")]
-    for (method, name), answers in zip(names, responses, strict=True):
-        for row, ids in zip(samples, answers, strict=True):
-            with torch.no_grad():
-                score = model(torch.tensor([words(row["prompt"])["input_ids"] + ids])).logits.item() - model.config.reward_bias
-            assert row[method][name] == pytest.approx(score if ids[-1] == 0 else -1.0, abs=1e-4)
-            if name == "rm_score":
-                assert (row[method]["response_tokens"], row[method]["eos_rate"]) == (len(ids), ids[-1] == 0)
-                assert row[method]["response"] == words.decode(ids, skip_special_tokens=True)
+    networks = {method: AutoModelForCausalLM.from_pretrained(copy / method).eval() for method in METHODS}
+
+    def logprob(method, query, ids):
+        logits = networks[method](torch.tensor([query + ids])).logits[0, len(query) - 1 : -1]
+        return logits.log_softmax(-1)[range(len(ids)), ids].sum().item()
+
+    for i, row in enumerate(samples):
+        query = words(row["prompt"])["input_ids"]
+        for method, cool, warm in zip(METHODS, responses[::2], responses[1::2], strict=True):
+            for name, ids in (("rm_score", cool[i]), ("kl_rm_score", warm[i])):
+                score = model(torch.tensor([query + ids])).logits.item() - model.config.reward_bias
+                assert row[method][name] == pytest.approx(score if ids[-1] == 0 else -1.0, abs=1e-4)
+            assert (row[method]["response_tokens"], row[method]["eos_rate"]) == (len(cool[i]), cool[i][-1] == 0)
+            assert row[method]["response"] == words.decode(cool[i], skip_special_tokens=True)
+            kl = logprob(method, query, warm[i]) - logprob("sft", query, warm[i])
+            assert row[method]["kl"] == pytest.approx(kl, abs=1e-4)
     assert {0, 1} == {row["drpo"]["eos_rate"] for row in samples} and responses[0] != responses[1]
 
 
