@@ -107,25 +107,41 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(small_run, tmp_path)
     assert (tmp_path / "samples.jsonl").read_bytes() == (small_run / "samples.jsonl").read_bytes()
 
 
+def interrupt(monkeypatch, command, update):
+    """Runs the command, which ends in this update."""
+    step = drpo.step
+
+    def fails(optimizer, s, where, batch):
+        if where.endswith(f" {update}"):
+            raise RuntimeError("gone")
+        return step(optimizer, s, where, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="gone"):
+        patch.setattr(drpo, "step", fails)
+        drpo.main(command)
+
+
 @pytest.mark.parametrize(
     "stage, changes", [*((stage, {}) for stage in STAGES), ("drpo", {"advantages": "rloo"}), ("drpo", {"lora_r": 4})]
 )
 def test_a_stage_resumes_from_its_checkpoint_bit_for_bit(start, tmp_path, monkeypatch, stage, changes):
     """Interrupted in its third update, saved after the second, with a log that has more lines than that."""
-    command, draw, log = start(stage, save_every=2, **changes), drpo.draw, tmp_path / "run" / stage / "metrics.jsonl"
-
-    def interrupted(rows, size, update, *rest):
-        if update == 2:
-            raise RuntimeError("gone")
-        return draw(rows, size, update, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="gone"):
-        patch.setattr(drpo, "draw", interrupted)
-        drpo.main(command)
+    command, log = start(stage, save_every=2, **changes), tmp_path / "run" / stage / "metrics.jsonl"
+    interrupt(monkeypatch, command, 3)
     log.write_text(log.read_text() + '{"update": 3}\n{"upda')
     drpo.main(command)
     drpo.main(start(stage, "whole", **changes))
     assert_same(tmp_path / "run" / stage, tmp_path / "whole" / stage)
+
+
+@pytest.mark.xfail(strict=True, reason="the log is cut by its number of lines, not by their updates")
+def test_no_update_is_logged_twice_after_a_log_was_lost(start, tmp_path, monkeypatch):
+    command, log = start("sft", save_every=2, sft_steps=8), tmp_path / "run" / "sft" / "metrics.jsonl"
+    interrupt(monkeypatch, command, 4)
+    log.unlink()
+    interrupt(monkeypatch, command, 6)
+    drpo.main(command)
+    assert [line["update"] for line in log_of(log.parent)] == [3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -175,7 +175,7 @@ def test_updates_are_those_of_a_plain_loop(start, run, advantages, whiten, beta)
     wanted, wanted_weights = plain_training(drpo.parse(start("drpo", "plain", reset_to="reference", **changes))[1])
     for line, wanted_line in zip(metrics, wanted, strict=True):
         assert line == pytest.approx(wanted_line, rel=1e-3, abs=1e-4)
-    assert gap(weights, wanted_weights) < 1e-4  # they have moved by up to 0.01
+    assert gap(weights, wanted_weights) < 1e-4  # they have moved by up to 0.01; with RLOO the policy is all there is
     assert metrics[1]["clipfrac"] > 0.1 and (advantages == "rloo" or metrics[1]["vf_clipfrac"] > 0.1)
     assert metrics[1]["kl"] > 0.05 and metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -265,13 +265,6 @@ def test_only_the_states_in_the_mask_get_a_gradient(run, monkeypatch):
     assert all(torch.equal((leaf.grad != 0).any(-1), wanted) for leaf in leaves)
 
 
-def test_the_learning_rate_falls_linearly_and_is_the_one_in_use(run, monkeypatch):
-    used, step = [], drpo.step
-    monkeypatch.setattr(drpo, "step", lambda *args: used.append(args[0].param_groups[0]["lr"]) or step(*args))
-    _, metrics = run("drpo", updates=4, lr=0.008, epochs=1)
-    assert used == [line["lr"] for line in metrics] == pytest.approx([0.008, 0.006, 0.004, 0.002])
-
-
 def test_the_optimizer_is_the_official_adamw():
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
@@ -294,12 +287,6 @@ def test_ppo_is_drpo_at_beta_0_bit_for_bit(run, advantages, lora_r):
     ppo_weights, ppo_metrics = run("ppo", "ppo", beta=0.5, **changes)
     assert metrics == ppo_metrics and metrics[0]["reset_share"] == 0 and gap(weights, ppo_weights) == 0
     assert gap(weights, run("drpo", "reset", beta=0.5, **changes)[0]) > 1e-4
-
-
-def test_rloo_has_neither_critic_nor_value_metrics(run):
-    weights, metrics = run("drpo", advantages="rloo")
-    assert {name.partition(".")[0] for name in weights} == {"policy"}
-    assert not {"vf_loss", "vf_clipfrac", "explained_variance"} & metrics[0].keys() and "pg_loss" in metrics[0]
 
 
 def test_supervised_lora_is_merged_into_the_saved_networks(start, tmp_path):
