@@ -350,13 +350,16 @@ def load(loader, name, s, **kwargs):
 
 def load_tokenizer(name, s):
     tokenizer = load(transformers.AutoTokenizer, name, s)
-    return tokenizer if tokenizer.eos_token_id is not None else stop(f"--tokenizer {name}: has no end-of-text token")
+    is_one = getattr(tokenizer, "eos_token_id", None) is not None
+    return tokenizer if is_one else stop(f"--tokenizer {name}: is no tokenizer, or has no end-of-text token")
 
 
 def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):
     """A network in eval mode on the device. Weights that will be trained are float32, others s.dtype."""
     dtype = torch.float32 if trained else getattr(torch, s.dtype)
     network = load(cls, name, s, dtype=dtype, **kwargs)
+    if not isinstance(network, nn.Module):
+        stop(f"--model {name}: gives no network")
     if cls is AutoModelForSequenceClassification and not hasattr(network, "score"):  # a causal network of a module:function
         network.config.num_labels, body = 1, network.base_model
         network = cls.from_config(network.config)
@@ -648,7 +651,8 @@ def training(stage, updates, lr, modules, s):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(saved["moments"]))})
             done = saved["update"]
         print(f"{stage}: resumes after update {done}")
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]) if log.exists() else "")
+    lines = re.finditer(r'\{"update": (\d+),.*\n', log.read_text() if log.exists() else "")
+    log.write_text("".join(line[0] for line in lines if int(line[1]) <= done))
     with contextlib.ExitStack() as handlers:
         for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:  # Windows has no SIGHUP
             handlers.callback(signal.signal, number, signal.signal(number, lambda number, _: asked.append(number)))
@@ -959,7 +963,9 @@ def find_judge(s):
     """-> judge(prompts, a, b) -> [P(a is preferred), or None, ...], from lists of texts; or the folder of a reward model."""
     if s.judge == "rm" or (s.judge.startswith("rm:") and Path(s.judge[3:], "rm", "config.json").exists()):
         return Path(s.judge[3:] or s.run_dir, "rm")
-    return resolve(s.judge) or stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR or module:function. API: python -m tools.judge")
+    with blame(f"--judge {s.judge}"):
+        judge = resolve(s.judge)
+    return judge or stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR or module:function. API: python -m tools.judge")
 
 
 def evaluate(s):
@@ -1065,7 +1071,9 @@ def preflight(stages, s):
     if "eval" in stages and not isinstance(judge := find_judge(s), Path):  # asked about one row, it costs nothing to know now
         row = load_rows(s.dataset, "reference", s.seed)[1][0]
         with blame(f"--judge {s.judge}"):
-            judge([row["prompt"]], [row["reference"]], [row["reference"]])
+            (_,) = judge([row["prompt"]], [row["reference"]], [row["reference"]])  # as many verdicts as pairs
+    if "rm" in stages and s.rm_model:
+        load(transformers.AutoConfig, s.rm_model, s)
 
 
 def run_stage(stage, s):
@@ -1089,6 +1097,9 @@ def parse(argv):
     parser.error = stop
     preset = (re.findall(r"(?<!\S)--preset[= ](\S+)", " ".join(argv)) or ["tiny"])[-1]
     parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
+    flags = {f"--{name}" for f in dataclasses.fields(Settings) for name in (f.name, f.name.replace("_", "-"), f"no_{f.name}")}
+    for word in (x for x in argv if x.startswith("--") and x.partition("=")[0] not in flags | {"--help"}):
+        stop(f"nothing takes {word}; see --help")
     s, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     return (rest.stage, s) if not unknown else stop(f"nothing takes {' '.join(unknown)}; see --help")
 

@@ -55,9 +55,9 @@ def test_no_module_imports_another_in_a_circle():
     assert not imported(ast.walk(trees["toy_text"]))
 
 
-def test_drpo_py_has_at_most_1130_lines():
+def test_drpo_py_stays_within_1140_lines():
     lines = (ROOT / "drpo.py").read_text().splitlines()
-    assert len(lines) <= 1130 and max(map(len, lines)) <= 128
+    assert len(lines) <= 1140 and max(map(len, lines)) <= 128
 
 
 def test_every_update_leaves_a_line_of_metrics(small_run):
@@ -163,21 +163,6 @@ BAD = {  # flags -> words of the one line
 }
 
 
-BUGS = {
-    "--nosuchflag 3": "the line is about the stage '3', not about the flag",
-    "--judge toy_text:nosuchjudge": "AttributeError",
-    "--judge test_commands:half_a_judge": "found only when all methods have been trained and sampled",
-    "--model conftest:posts": "AttributeError",
-    "--tokenizer conftest:posts": "AttributeError",
-    "--rm_model {shelf}/nosuchmodel": "found only when SFT has been trained",
-}
-
-
-def marked(flags):
-    marks = [pytest.mark.xfail(strict=True, reason=BUGS[flags])] if flags in BUGS else []
-    return pytest.param(flags, marks=marks)
-
-
 @pytest.fixture(scope="module")
 def shelf(small_run, tmp_path_factory):
     """A folder with what the bad commands point at."""
@@ -192,7 +177,7 @@ def shelf(small_run, tmp_path_factory):
     return shelf
 
 
-@pytest.mark.parametrize("flags", map(marked, BAD))
+@pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_line_before_anything_is_trained(shelf, tmp_path, one_line, monkeypatch, flags):
     monkeypatch.setattr(drpo, "step", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(drpo, "sample", lambda *_: pytest.fail("evaluated"))
