@@ -240,6 +240,7 @@ def read_source(source, seed):
             splits = list(rows["data"] if isinstance(rows, dict) else rows)
     else:
         datasets = importlib.import_module("datasets")
+        datasets.logging.set_verbosity(50)  # what goes wrong is said once, in one line
         if path.is_file():
             splits = datasets.load_dataset(kind, data_files=source)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # what save_to_disk wrote
