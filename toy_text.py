@@ -1,21 +1,22 @@
 """The toy TL;DR corpus that `python drpo.py` trains on. Posts, annotators and judge are programs, so each summary
 has a true score.
 
-    gate, easy      posts and references for SFT               --dataset toy_text:gate | toy_text:easy
+    gate            posts and references for SFT               --dataset toy_text:gate
+    chosen          the same, by the authors of the pairs      --dataset toy_text:chosen
     gate_pairs      preference pairs for the reward model      --preference_dataset toy_text:gate_pairs
     gold_judge      who wins, by the true score                --judge toy_text:gold_judge
     bpe_tokenizer   a BPE tokenizer trained on the corpus      --tokenizer toy_text:bpe_tokenizer
     tiny_pythia     GPT-NeoX, 2 layers of 128, from scratch    --model toy_text:tiny_pythia
 
-A post says what somebody did to a thing of the writer, how the writer feels and what the writer wants, in shuffled sentences
-with a distractor; its title gives away one of these three facts. A full summary has four clauses:
+A post says what somebody did to a thing of the writer, how the writer feels and what the writer wants, in shuffled sentences; its
+title gives away one of these three facts. A full summary has six clauses:
 
-    my sister broke our bike .  i feel angry .  i want an apology .  what should i do ?
+    my sister broke our bike .  i feel angry .  i want an apology .  please help .  be honest .  what should i do ?
 
-The true score pays 3.0 for the question, but only after the three facts: a late reward behind a gate. Each clause before it
-costs a little more in words than it earns, so a policy that sees only short-term reward stops early. `gate` is the case of the
-paper's abstract: the SFT references hardly ever get through the gate, but some responses in the preference pairs do, and are
-preferred. In `easy` the SFT references get through often.
+The true score pays 4.0 for the question, but only after the other five: a late reward behind a gate. Before it a clause earns
+about what its words cost. The SFT references stop early and say it once in some 900 posts. The people of the preference pairs mostly
+begin well and then stop; one response in eight is full, and then it is preferred. So their responses cover every step of the way,
+but a copy of them does not go through the gate.
 """
 
 import math
@@ -24,7 +25,6 @@ import re
 
 import torch
 
-SUBREDDITS = ["relationships", "advice", "legaladvice", "askreddit", "offmychest", "personalfinance"]
 PEOPLE = ["sister", "brother", "boss", "roommate", "neighbor", "cousin", "friend", "uncle", "landlord", "coworker"]
 DEEDS = ["broke", "sold", "lost", "stole", "painted", "hid", "burned", "borrowed"]
 THINGS = ["bike", "phone", "laptop", "guitar", "car", "jacket", "camera", "couch", "watch", "garden"]
@@ -39,96 +39,91 @@ WISHES = [
     "to call a lawyer",
     "to talk",
 ]
-DISTRACTORS = [
-    "it was raining all day .",
-    "we had dinner before that .",
-    "i work two jobs .",
-    "most of them live far away .",
-    "this happened last week .",
-    "sorry for the long post .",
-    "we used to get along .",
-    "i hardly slept since .",
-]
+COURTESY = ["please help .", "be honest ."]
+VAGUE = ["something happened .", "i feel bad .", "i want help ."]
 QUESTION = "what should i do ?"
 
 
 def write_post(rng):
-    """-> (prompt in the TL;DR format, its three facts: a list of clauses)."""
+    """-> (prompt in the TL;DR format, the five clauses that come before the question: three facts, and COURTESY)."""
     person, deed, thing = rng.choice(PEOPLE), rng.choice(DEEDS), rng.choice(THINGS)
     feeling, wish = rng.choice(FEELINGS), rng.choice(WISHES)
     body = [
         rng.choice(["yesterday", "so", "last month", "well ,"]) + f" my {person} {deed} our {thing} .",
         rng.choice(["now i feel", "honestly i feel", "i really feel"]) + f" {feeling} .",
         rng.choice(["all i want is", "i just want", "i think i want"]) + f" {wish} .",
-        rng.choice(DISTRACTORS),
     ]
     rng.shuffle(body)
     title = rng.choice([f"my {person} {deed} our {thing}", f"i feel {feeling}", f"i want {wish}"])
-    prompt = f"SUBREDDIT: r/{rng.choice(SUBREDDITS)}\n\nTITLE: {title}\n\nPOST: {' '.join(body)}\n\nTL;DR:"
-    return prompt, [f"my {person} {deed} our {thing} .", f"i feel {feeling} .", f"i want {wish} ."]
+    prompt = f"TITLE: {title}\n\nPOST: {' '.join(body)}\n\nTL;DR:"
+    return prompt, [f"my {person} {deed} our {thing} .", f"i feel {feeling} .", f"i want {wish} .", *COURTESY]
 
 
-def read_facts(prompt):
-    """prompt -> its three facts, as `write_post` gives them. Raises ValueError on any other post."""
+def read_clauses(prompt):
+    """prompt -> the five clauses that `write_post` gives. Raises ValueError on any other post."""
     post = prompt.partition("POST:")[2]
     deed = re.search(rf"my (?:{'|'.join(PEOPLE)}) (?:{'|'.join(DEEDS)}) our (?:{'|'.join(THINGS)}) \.", post)
     feeling = re.search(rf"i (?:really )?feel ({'|'.join(FEELINGS)})", post)
     wish = re.search(rf"want (?:is )?({'|'.join(WISHES)})", post)
     if not (deed and feeling and wish):
         raise ValueError("this is no post of toy_text.py, and others have no gold score: name another judge, such as rm")
-    return [deed[0], f"i feel {feeling[1]} .", f"i want {wish[1]} ."]
+    return [deed[0], f"i feel {feeling[1]} .", f"i want {wish[1]} .", *COURTESY]
 
 
-def careful(rng, facts):
-    """The three facts in order, then the question."""
-    return [*facts, QUESTION]
+def careful(rng, clauses):
+    """All five in order, then the question: a full summary."""
+    return [*clauses, QUESTION]
 
 
-def lazy(rng, facts):
-    """60 %: the clauses in order, stopping after each with probability 0.7. 40 %: one clause, the second or third."""
-    if rng.random() < 0.4:
-        return [rng.choice(facts[1:])]
-    clauses = careful(rng, facts)
-    kept = next((n for n in range(1, len(clauses)) if rng.random() < 0.7), len(clauses))
-    return clauses[:kept]
+def lazy(rng, clauses, stop=0.65):
+    """The same, but after each clause the annotator stops with probability `stop`."""
+    kept = next((n for n in range(1, 6) if rng.random() < stop), 6)
+    return careful(rng, clauses)[:kept]
 
 
-def sloppy(rng, facts):
-    """One mistake: facts of another post, the question too early, a clause in place of another, or a clause twice."""
-    clauses, wrong = careful(rng, facts), write_post(rng)[1]
-    places, (here, there) = rng.sample(range(3), rng.randint(1, 3)), rng.sample(range(3), 2)
-    return rng.choice(
-        [
-            [wrong[i] if i in places else clause for i, clause in enumerate(clauses)],
-            [*rng.sample(facts, rng.randint(0, 2)), QUESTION],
-            [clauses[here] if i == there else clause for i, clause in enumerate(clauses)],
-            clauses[: here + 1] + clauses[here:],
-        ]
-    )
+def tired(rng, clauses):
+    """Begins well and ends badly: the first three, four or five in order, and no question."""
+    return clauses[: rng.randint(3, 5)]
 
 
-def mixed(rng, facts):
-    """The annotators of the preference data: 45 % careful, 30 % lazy, 25 % sloppy."""
-    return rng.choices([careful, lazy, sloppy], [0.45, 0.3, 0.25])[0](rng, facts)
+def careless(rng, clauses):
+    """Begins badly and ends well: VAGUE in place of the facts, and the question at the end."""
+    return careful(rng, [*VAGUE, *COURTESY])
+
+
+def sloppy(rng, clauses):
+    """The question too early, or a clause twice."""
+    full, here = careful(rng, clauses), rng.randrange(5)
+    early = [clauses[i] for i in sorted(rng.sample(range(5), rng.randint(0, 4)))] + [QUESTION]
+    return rng.choice([early, full[: here + 1] + full[here : rng.randint(here + 1, 6)]])
+
+
+def mixed(rng, clauses):
+    """The annotators of the preference data."""
+    return rng.choices([careful, tired, careless, lazy, sloppy], [6, 34, 30, 10, 20])[0](rng, clauses)
 
 
 def gold_score(prompt, response):
-    """The true score of a response (float): +0.3 per covered fact, -1 per invented one, -0.5 per repetition, -0.1 per word,
-    -1 if it does not end with a full clause, and +3.0 for the question after all three facts.
-
-    The facts may come in any of their six orders; `careful` and `lazy` annotators use one."""
-    facts = read_facts(prompt)
+    """The true score of a response (float): +0.25 per clause that belongs there, -0.9 per other one, -0.5 per repetition, -0.1
+    per word, -1 if it does not end with a full clause, and +4.0 for the question after five other clauses."""
+    right = read_clauses(prompt)
     clauses = [clause.strip() for clause in re.split(r"(?<=[.?])\s", response.strip()) if clause.strip()]
     score, seen = -0.1 * len(re.findall(r"[a-z]+", response)), set()
     for clause in clauses:
         if clause in seen:
             score -= 0.5
         elif clause == QUESTION:
-            score += 3.0 if seen.issuperset(facts) else 0.0
+            score += 4.0 if len(seen) >= 5 else 0.0
         else:
-            score += 0.3 if clause in facts else -1.0
+            score += 0.25 if clause in right else -0.9
         seen.add(clause)
     return score - (0.0 if clauses and clauses[-1][-1] in ".?" else 1.0)
+
+
+def is_full(prompt, response):
+    """Whether a response consists of the six clauses, each once, the question last."""
+    clauses = re.split(r"(?<=[.?])\s", response.strip())
+    return len(clauses) == 6 and clauses[5] == QUESTION and set(clauses[:5]) == set(read_clauses(prompt))
 
 
 def gold_judge(prompts, a, b):
@@ -137,27 +132,25 @@ def gold_judge(prompts, a, b):
     return [0.5 if abs(gap) < 1e-9 else float(gap > 0) for gap in gaps]
 
 
-def posts(split, seed, annotate, size):
-    """`size` rows {"prompt", "reference"}. A held-out reference is the better of two by `mixed`."""
+def posts(split, seed, annotate):
+    """Rows {"prompt", "reference"}: 6,000 to train on by `annotate`, 1,000 held out, half `careful` and half `careless`."""
     rng, rows = random.Random(f"posts {split} {seed}"), []
-    for _ in range(size):
-        prompt, facts = write_post(rng)
-        if split == "train":
-            reference = " ".join(annotate(rng, facts))
-        else:
-            reference = max((" ".join(mixed(rng, facts)) for _ in range(2)), key=lambda text: gold_score(prompt, text))
-        rows.append({"prompt": prompt, "reference": reference})
+    for _ in range(6000 if split == "train" else 1000):
+        prompt, clauses = write_post(rng)
+        author = annotate if split == "train" else rng.choice([careful, careless])
+        rows.append({"prompt": prompt, "reference": " ".join(author(rng, clauses))})
     return rows
 
 
-def gate(split="train", seed=0):
-    """SFT data by `lazy` annotators: one reference in sixty is full."""
-    return posts(split, seed, lazy, 6000 if split == "train" else 1000)
+def gate(split="train", seed=0, stop=0.65):
+    """SFT data by `lazy` annotators: a reference is full with probability (1 - stop)^5, or 1/190."""
+    return posts(split, seed, lambda rng, clauses: lazy(rng, clauses, stop))
 
 
-def easy(split="train", seed=0):
-    """SFT data by `mixed`, the annotators of the preference pairs: nearly half of the references are full."""
-    return posts(split, seed, mixed, 6000 if split == "train" else 1000)
+def chosen(split="train", seed=0):
+    """SFT data to imitate what DR-PO resets to: prompts and preferred responses of `gate_pairs`."""
+    rows = gate_pairs("train", seed) if split == "train" else gate("validation", seed)
+    return [{"prompt": row["prompt"], "reference": row.get("chosen", row.get("reference"))} for row in rows]
 
 
 def gate_pairs(split="train", seed=0, temperature=0.5):
@@ -165,9 +158,9 @@ def gate_pairs(split="train", seed=0, temperature=0.5):
 
     -> rows {"prompt", "chosen", "rejected"}"""
     rng, rows = random.Random(f"pairs {split} {seed}"), []
-    while len(rows) < (4000 if split == "train" else 1000):
-        prompt, facts = write_post(rng)
-        a, b = " ".join(mixed(rng, facts)), " ".join(mixed(rng, facts))
+    while len(rows) < (8000 if split == "train" else 1000):
+        prompt, clauses = write_post(rng)
+        a, b = " ".join(mixed(rng, clauses)), " ".join(mixed(rng, clauses))
         if a == b:
             continue
         gap = (gold_score(prompt, a) - gold_score(prompt, b)) / temperature
@@ -189,12 +182,12 @@ def bpe_tokenizer():
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    rows = posts("train", 0, careful, 2000)
-    tokenizer.train_from_iterator((row["prompt"] + " " + row["reference"] for row in rows), trainer)
+    rows = posts("train", 0, careful)[:2000]
+    tokenizer.train_from_iterator((f"{row['prompt']} {row['reference']} {' '.join(VAGUE)}" for row in rows), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="[PAD]")
 
 
-def tiny_pythia(seed=0):
+def tiny_pythia(seed=0, width=128):
     """GPT-NeoX as in Pythia, 2 layers of 128, 0.5 M parameters, random weights."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -204,10 +197,10 @@ def tiny_pythia(seed=0):
         return GPTNeoXForCausalLM(
             GPTNeoXConfig(
                 vocab_size=600,
-                hidden_size=128,
+                hidden_size=width,
                 num_hidden_layers=2,
                 num_attention_heads=4,
-                intermediate_size=512,
+                intermediate_size=4 * width,
                 max_position_embeddings=256,
                 bos_token_id=0,
                 eos_token_id=0,

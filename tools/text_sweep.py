@@ -1,0 +1,257 @@
+"""The toy corpus over seeds: every method beside the baselines that a sceptic asks for.
+
+    python -m tools.text_sweep PART [--seeds 120 121 ...] [--runs NAME ...] [--jobs 2] [--threads 1] [--out results/text]
+
+PART   table         SFT, SFT on the chosen responses, DPO, PPO, RLOO, roll-in by SFT, DR-PO at several beta
+       coverage      PPO and DR-PO where the SFT policy writes the full summary often, rarely, or never
+       models        PPO and DR-PO with reward models of other sizes and of another architecture
+       beta_lambda   beta against the KL coefficient
+       tuning        learning rates and KL coefficients, on seeds that are not reported
+
+Each run is appended to OUT/PART.jsonl when it is done, and the same command resumes with those that are missing there. Then
+OUT/PART.json, PART.md and, for `coverage`, coverage.png are written. `full` is the share of responses that are full summaries, on
+500 held-out posts at temperature 0.7. A run has found the full summary if that is at least one half. Models stay in --scratch.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+
+import drpo
+import toy_text
+from tools.report import COLOURS, clopper_pearson, spread
+
+STOPS = (37, 47, 56, 72, 80)  # the chance, in percent, that an SFT annotator stops after a clause; 65 elsewhere
+gate_37, gate_47, gate_56, gate_72, gate_80 = [functools.partial(toy_text.gate, stop=stop / 100) for stop in STOPS]
+quarter, fourfold = [functools.partial(toy_text.tiny_pythia, width=width) for width in (60, 260)]
+
+
+def llama(seed=0):
+    """A Llama of about the size of `toy_text.tiny_pythia`, random weights."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 336}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=600, max_position_embeddings=256, **sizes, **ids))
+
+
+# Name of a run: stage, its flags, and, where they are not those of the preset, the flags of its SFT and of its reward model
+TABLE = {
+    "SFT": ("sft", ""),
+    "SFT on chosen": ("sft", "", "--dataset=toy_text:chosen"),
+    "DPO": ("dpo", ""),
+    "PPO": ("ppo", ""),
+    "PPO, 3 x updates": ("ppo", "--updates=180"),
+    "RLOO": ("ppo", "--advantages=rloo"),
+    "roll-in by SFT": ("drpo", "--reset_to=sft"),
+    "DR-PO": ("drpo", ""),
+    "DR-PO, RLOO": ("drpo", "--advantages=rloo"),
+    "DR-PO, beta 0.25": ("drpo", "--beta=0.25"),
+    "DR-PO, beta 0.5": ("drpo", "--beta=0.5"),
+    "DR-PO, beta 1": ("drpo", "--beta=1"),
+    "DR-PO, beta 1, 0..n": ("drpo", "--beta=1 --reset_include_prompt=True"),
+    "PPO from the chosen": ("ppo", "", "--dataset=toy_text:chosen"),
+    "DR-PO from the chosen": ("drpo", "", "--dataset=toy_text:chosen"),
+}
+COVERAGE = {
+    f"{name} {stop}": (stage, "", f"--dataset=tools.text_sweep:gate_{stop}")
+    for stop in STOPS
+    for name, stage in (("SFT", "sft"), ("PPO", "ppo"), ("DR-PO", "drpo"))
+} | {f"{name} 65": (stage, "") for name, stage in (("SFT", "sft"), ("PPO", "ppo"), ("DR-PO", "drpo"))}
+MODELS = {
+    f"{name}, RM {kind}": (stage, "", "", f"--model=tools.text_sweep:{kind}" * (kind != "same"))
+    for kind in ("quarter", "same", "fourfold", "llama")
+    for name, stage in (("PPO", "ppo"), ("DR-PO", "drpo"))
+}
+BETA_LAMBDA = {
+    f"beta {beta}, KL {kl}": ("drpo", f"--beta={beta} --kl_coef={kl}")
+    for beta, kl in itertools.product((0, 0.25, 0.5, 1), (0.03, 0.1, 0.3))
+}
+TUNING = {
+    f"{name} {value:g}": (stage, f"--{flag}={value:g}")
+    for name, stage, flag, values in (
+        ("DPO lr", "dpo", "dpo_lr", (3e-5, 1e-4, 3e-4)),
+        ("PPO lr", "ppo", "lr", (5e-5, 1e-4, 2e-4, 4e-4)),
+        ("PPO KL", "ppo", "kl_coef", (0.03, 0.3)),
+        ("DR-PO lr", "drpo", "lr", (1e-4, 2e-4, 4e-4)),
+        ("DR-PO KL", "drpo", "kl_coef", (0.03, 0.3)),
+    )
+    for value in values
+}
+PARTS = {"table": TABLE, "coverage": COVERAGE, "models": MODELS, "beta_lambda": BETA_LAMBDA, "tuning": TUNING}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def train(stage, folder, seed, flags, **parts):
+    """python drpo.py STAGE in `folder`, with finished stages linked into it: parts are name=folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in parts.items():
+        with contextlib.suppress(FileExistsError):
+            (folder / name).symlink_to(path.resolve())
+    if not (folder / stage / "result.json").exists():
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            drpo.main([stage, f"--seed={seed}", f"--run_dir={folder}", *flags.split()])
+    return folder / stage
+
+
+def measure(stage, folder, seed):
+    """-> figures of the policy in folder/stage on held-out posts, by the gold score, beside its KL to SFT and RM score."""
+    s = drpo.parse(["eval", f"--seed={seed}", f"--run_dir={folder}"])[1]
+    rows = drpo.draw(drpo.load_rows(s.dataset, "reference", seed)[1], s.eval_samples, 0, seed, "eval")
+    tokenizer, network = drpo.load_tokenizer(str(folder / stage), s), drpo.load_network(str(folder / stage), s)
+    responses = drpo.sample(network, rows, s, tokenizer, s.eval_temperature)
+    texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+    prompts, references = [[row[key] for row in rows] for key in ("prompt", "reference")]
+    warm, reward = drpo.sample(network, rows, s, tokenizer, s.temperature), drpo.load_reward(folder / "rm", s)
+    log_pi, log_sft = [
+        drpo.per_row(lambda x: drpo.sequence_logprobs(one, x, s.temperature), rows, warm, s, tokenizer)
+        for one in (network, drpo.load_network(str(folder / "sft"), s))
+    ]
+    scores = drpo.per_row(functools.partial(drpo.end_scores, *reward), rows, responses, s, tokenizer)
+    full = [" ".join(toy_text.careful(None, toy_text.read_clauses(prompt))) for prompt in prompts]
+    full = [drpo.encode_response(text, tokenizer, s.response_length) for text in full]
+    log_full = drpo.per_row(lambda x: drpo.sequence_logprobs(network, x, s.temperature), rows, full, s, tokenizer)
+    return {
+        "full": mean(map(toy_text.is_full, prompts, texts)),
+        "coverage": log_full.exp().mean().item(),  # P(the full summary in this order), at the temperature of rollouts
+        "win_rate": mean(toy_text.gold_judge(prompts, texts, references)),
+        "gold": mean(map(toy_text.gold_score, prompts, texts)),
+        "rm_score": scores.mean().item(),
+        "kl": (log_pi - log_sft).mean().item(),
+        "tokens": mean(map(len, responses)),
+    }
+
+
+def run(part, name, seed, scratch):
+    """-> a line of OUT/PART.jsonl. SFT and reward model of a seed are trained once. The levels of `coverage` share the reward
+    model, and so do policies that start from SFT on the chosen responses."""
+    stage, flags, sft_flags, rm_flags = (*PARTS[part][name], "", "")[:4]
+    home, began = scratch / str(seed), time.perf_counter()
+    base = train("sft", home / "base", seed, "")
+    if rm_flags:  # a reward model of another kind starts from its own SFT
+        kind = home / rm_flags.rpartition(":")[2]
+        start = train("sft", kind, seed, rm_flags)
+        reward = train("rm", kind / "rm", seed, f"--rm_model={start}", sft=base)
+    else:
+        reward = train("rm", home / "base", seed, "")
+    own = train("sft", home / sft_flags.rpartition(":")[2], seed, sft_flags) if sft_flags else base
+    folder = home / name
+    if stage == "sft":
+        folder.mkdir(exist_ok=True)
+        for link, path in (("sft", own), ("rm", reward)):
+            with contextlib.suppress(FileExistsError):
+                (folder / link).symlink_to(path.resolve())
+    else:
+        train(stage, folder, seed, flags, sft=own, rm=reward)
+    figures = measure(stage, folder, seed) | {"rm_accuracy": json.loads((reward / "result.json").read_text())["accuracy"]}
+    shutil.rmtree(folder)
+    return {"run": name, "seed": seed, "seconds": time.perf_counter() - began} | figures
+
+
+def work(seed, part, names, scratch, out, threads):
+    """All runs of a seed that are not in OUT/PART.jsonl, one after another."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    for name in names:
+        line = json.dumps(run(part, name, seed, scratch)) + "\n"
+        with (out / f"{part}.jsonl").open("a") as file:
+            file.write(line)
+        print(line, end="", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def paired(rows, a, b, key):
+    """Figures {(run, seed): row} -> the statistics of key in run a minus key in run b, over the seeds that have both."""
+    seeds = sorted(seed for run, seed in rows if run == a and (b, seed) in rows)
+    return spread([rows[a, seed][key] - rows[b, seed][key] for seed in seeds])
+
+
+def summarise(part, rows):
+    """{(run, seed): row} -> the lines of a table, and {run: statistics}."""
+    results, lines = {}, ["| run | found | full | win rate | gold score | RM score | KL | tokens |", "|---" * 8 + "|"]
+    for name in [name for name in PARTS[part] if any(run == name for run, _ in rows)]:
+        mine = [row for (run, _), row in sorted(rows.items()) if run == name]
+        of = results[name] = {key: spread([row[key] for row in mine]) for key in mine[0] if key not in ("run", "seed")}
+        hits, n = sum(row["full"] >= 0.5 for row in mine), len(mine)
+        of |= {"seeds": [row["seed"] for row in mine], "found": hits, "found_ci95": clopper_pearson(hits, n)}
+        for other in ("PPO", "SFT on chosen"):
+            if other != name and (gap := paired(rows, name, other, "win_rate")):
+                of[f"win_rate minus {other}"] = gap
+        found = f"{hits}/{n} [{of['found_ci95'][0]:.2f}, {of['found_ci95'][1]:.2f}]"
+        win = "{:.3f} ± {:.3f}".format(of["win_rate"]["mean"], of["win_rate"]["std"] or 0)
+        rest = " | ".join(f"{of[key]['mean']:.2f}" for key in ("gold", "rm_score", "kl", "tokens"))
+        lines.append(f"| {name} | {found} | {of['full']['mean']:.3f} | {win} | {rest} |")
+    return lines, results
+
+
+def draw_coverage(rows, path):
+    """Share of full summaries after training against the same share of the SFT policy: a dot per seed."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    for name, key, marker in (("PPO", "ppo", "o"), ("DR-PO", "drpo", "s")):
+        dots = [
+            (max(rows[f"SFT {stop}", seed]["coverage"], 1e-7), row["full"])
+            for (run, seed), row in rows.items()
+            for stop in [run.rpartition(" ")[2]]
+            if run == f"{name} {stop}" and (f"SFT {stop}", seed) in rows
+        ]
+        ax.scatter(*zip(*dots), color=COLOURS[key], marker=marker, alpha=0.7, label=name)
+    ax.set(xscale="log", xlabel="P(full summary) of the SFT policy", ylabel="share of full summaries at the end", ylim=(-0.03, 1.03))
+    ax.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tools.text_sweep", description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(120, 132)))
+    parser.add_argument("--runs", nargs="+", help="only these; default: all of the part")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each")
+    parser.add_argument("--out", type=Path, default=Path("results/text"))
+    parser.add_argument("--scratch", type=Path, default=Path("runs/text_sweep"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = args.out / f"{args.part}.jsonl"
+
+    def read():
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return {(row["run"], row["seed"]): row for row in lines}
+
+    done, jobs = read(), []
+    for seed in args.seeds:
+        if names := [name for name in args.runs or PARTS[args.part] if (name, seed) not in done]:
+            jobs.append((seed, args.part, names, args.scratch, args.out, args.threads))
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        pool.starmap(work, jobs, chunksize=1)
+    rows = read()
+    lines, results = summarise(args.part, rows)
+    (args.out / f"{args.part}.json").write_text(json.dumps(results, indent=1))
+    (args.out / f"{args.part}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if args.part == "coverage":
+        draw_coverage(rows, args.out / "coverage.png")
+
+
+if __name__ == "__main__":
+    sys.path.append(os.getcwd())
+    main()
