@@ -2,7 +2,6 @@
 has a true score.
 
     gate            posts and references for SFT               --dataset toy_text:gate
-    chosen          the same, by the authors of the pairs      --dataset toy_text:chosen
     gate_pairs      preference pairs for the reward model      --preference_dataset toy_text:gate_pairs
     gold_judge      who wins, by the true score                --judge toy_text:gold_judge
     bpe_tokenizer   a BPE tokenizer trained on the corpus      --tokenizer toy_text:bpe_tokenizer
@@ -104,7 +103,7 @@ def mixed(rng, clauses):
 
 
 def gold_score(prompt, response):
-    """The true score of a response (float): +0.25 per clause that belongs there, -0.9 per other one, -0.5 per repetition, -0.1
+    """The true score of a response (float): +0.3 per clause that belongs there, -0.9 per other one, -0.5 per repetition, -0.1
     per word, -1 if it does not end with a full clause, and +4.0 for the question after five other clauses."""
     right = read_clauses(prompt)
     clauses = [clause.strip() for clause in re.split(r"(?<=[.?])\s", response.strip()) if clause.strip()]
@@ -115,7 +114,7 @@ def gold_score(prompt, response):
         elif clause == QUESTION:
             score += 4.0 if len(seen) >= 5 else 0.0
         else:
-            score += 0.25 if clause in right else -0.9
+            score += 0.3 if clause in right else -0.9
         seen.add(clause)
     return score - (0.0 if clauses and clauses[-1][-1] in ".?" else 1.0)
 
@@ -145,12 +144,6 @@ def posts(split, seed, annotate):
 def gate(split="train", seed=0, stop=0.65):
     """SFT data by `lazy` annotators: a reference is full with probability (1 - stop)^5, or 1/190."""
     return posts(split, seed, lambda rng, clauses: lazy(rng, clauses, stop))
-
-
-def chosen(split="train", seed=0):
-    """SFT data to imitate what DR-PO resets to: prompts and preferred responses of `gate_pairs`."""
-    rows = gate_pairs("train", seed) if split == "train" else gate("validation", seed)
-    return [{"prompt": row["prompt"], "reference": row.get("chosen", row.get("reference"))} for row in rows]
 
 
 def gate_pairs(split="train", seed=0, temperature=0.5):

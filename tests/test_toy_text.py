@@ -10,69 +10,82 @@ import pytest
 import drpo
 import toy_text
 
-PROMPT = (
-    "SUBREDDIT: r/advice\n\nTITLE: i feel hurt\n\nPOST: honestly i feel hurt . i work two jobs . so my boss sold our car . "
-    "all i want is an apology .\n\nTL;DR:"
-)
-DEED, FEELING, WISH, ASK = "my boss sold our car .", "i feel hurt .", "i want an apology .", toy_text.QUESTION
+PROMPT = "TITLE: i feel hurt\n\nPOST: honestly i feel hurt . so my boss sold our car . all i want is an apology .\n\nTL;DR:"
+DEED, FEELING, WISH, HELP, HONEST = "my boss sold our car .", "i feel hurt .", "i want an apology .", *toy_text.COURTESY
+ASK, ALL = toy_text.QUESTION, [DEED, FEELING, WISH, HELP, HONEST]  # 4 words; 5 + 3 + 4 + 2 + 2 words
 
 
 @pytest.mark.parametrize(
-    "response, score",
+    "clauses, score",
     [
-        (f"{DEED} {FEELING} {WISH} {ASK}", 3 * 0.3 + 3.0 - 0.1 * (5 + 3 + 4 + 4)),
-        (f"{DEED} {FEELING} {ASK}", 0.6 - 1.2),  # asked too early: the gate is closed
-        (f"{ASK} {DEED} {FEELING} {WISH}", 0.9 - 1.6),
-        (f"{DEED} {FEELING} {WISH}", 0.9 - 1.2),
-        (FEELING, 0.3 - 0.3),
-        ("i feel sad .", -1.0 - 0.3),  # invented
-        (f"{FEELING} {FEELING}", 0.3 - 0.5 - 0.6),  # repeated
-        (f"{DEED} {FEELING} i want", 0.6 - 1.0 - 1.0 - 1.0),  # "i want" is invented as it stands, and no end; 10 words
-        ("", -1.0),  # no end
+        ([*ALL, ASK], 5 * 0.3 + 4.0 - 0.1 * 20),
+        (ALL, 5 * 0.3 - 0.1 * 16),
+        ([DEED, FEELING, WISH, ASK], 3 * 0.3 - 0.1 * 16),  # asked too early: the gate is closed
+        ([ASK, *ALL], 5 * 0.3 - 0.1 * 20),
+        ([*toy_text.VAGUE, HELP, HONEST, ASK], -3 * 0.9 + 2 * 0.3 + 4.0 - 0.1 * 16),  # vague, but asked at the end
+        ([FEELING], 0.3 - 0.3),
+        (["i feel sad ."], -0.9 - 0.3),  # invented
+        ([FEELING, FEELING], 0.3 - 0.5 - 0.6),  # repeated
+        ([FEELING, "i want"], 0.3 - 0.9 - 1.0 - 0.5),  # "i want" is invented as it stands, and no end
+        ([], -1.0),  # no end
     ],
 )
-def test_the_gold_score_by_hand(response, score):
-    assert toy_text.gold_score(PROMPT, response) == pytest.approx(score)
+def test_the_gold_score_by_hand(clauses, score):
+    assert toy_text.gold_score(PROMPT, " ".join(clauses)) == pytest.approx(score)
 
 
-def test_all_six_orders_of_the_facts_score_the_same():
-    scores = [toy_text.gold_score(PROMPT, " ".join([*facts, ASK])) for facts in permutations([DEED, FEELING, WISH])]
-    assert scores == pytest.approx([0.9 + 3.0 - 1.6] * 6)
+def test_all_orders_of_the_five_clauses_score_the_same():
+    scores = [toy_text.gold_score(PROMPT, " ".join([*clauses, ASK])) for clauses in permutations(ALL)]
+    assert scores == pytest.approx([5 * 0.3 + 4.0 - 2.0] * 120)
+
+
+def test_a_full_summary_has_the_six_clauses_once_each():
+    assert toy_text.is_full(PROMPT, " ".join([*ALL, ASK])) and toy_text.is_full(PROMPT, " ".join([*ALL[::-1], ASK]))
+    for clauses in (ALL, [*ALL, ASK, ASK], [*ALL[:4], ASK], [*ALL[:4], FEELING, ASK], [*ALL[:4], ASK, HONEST], []):
+        assert not toy_text.is_full(PROMPT, " ".join(clauses))
 
 
 def test_the_judge_sees_winners_and_ties():
-    full, short = f"{DEED} {FEELING} {WISH} {ASK}", FEELING
+    full, short = " ".join([*ALL, ASK]), FEELING
     assert toy_text.gold_judge([PROMPT] * 3, [full, short, full], [short, full, full]) == [1.0, 0.0, 0.5]
 
 
-def test_the_facts_of_a_post_are_read_off_its_prompt():
+def test_the_clauses_of_a_post_are_read_off_its_prompt():
     rng = random.Random(0)
     for _ in range(500):
-        prompt, facts = toy_text.write_post(rng)
-        assert toy_text.read_facts(prompt) == facts
+        prompt, clauses = toy_text.write_post(rng)
+        assert toy_text.read_clauses(prompt) == clauses
     with pytest.raises(ValueError, match="no post of toy_text.py"):
-        toy_text.read_facts("POST: hello\n\nTL;DR:")
+        toy_text.read_clauses("POST: hello\n\nTL;DR:")
 
 
-@pytest.mark.parametrize("rows", [toy_text.gate, toy_text.easy, toy_text.gate_pairs])
+@pytest.mark.parametrize("rows", [toy_text.gate, toy_text.gate_pairs])
 def test_rows_depend_on_seed_and_split_only(rows):
     first = rows("train", 3)
     assert first == rows("train", 3)
     assert first[:20] != rows("train", 4)[:20] != rows("validation", 4)[:20]
 
 
-def test_gate_references_are_rarely_full_and_easy_ones_often():
-    def full_share(rows):
-        return mean(row["reference"].endswith(ASK) and row["reference"].count(".") == 3 for row in rows)
+def full_share(rows, name):
+    return mean(toy_text.is_full(row["prompt"], row[name]) for row in rows)
 
-    # lazy: 60 % in order, and past each of three clauses with probability 0.3: 0.6 * 0.3^3 = 1.6 %
-    assert full_share(toy_text.gate("train", 0)) == pytest.approx(0.016, abs=0.006)
-    assert full_share(toy_text.easy("train", 0)) > 0.45
+
+def test_gate_references_are_full_as_often_as_nobody_stops():
+    assert full_share(toy_text.gate("train", 0), "reference") == pytest.approx(0.35**5, abs=0.003)
+    assert full_share(toy_text.gate("train", 0, stop=0.2), "reference") == pytest.approx(0.8**5, abs=0.03)
+
+
+def test_most_chosen_responses_begin_or_end_badly():
+    rows = toy_text.gate_pairs("train", 0)
+    assert 0.08 < full_share(rows, "chosen") < 0.16  # one of two annotators is careful: 1 - 0.94^2 = 0.12
+    vague = mean(row["chosen"].startswith(toy_text.VAGUE[0]) for row in rows)
+    short = mean(not row["chosen"].endswith(ASK) for row in rows)
+    assert vague > 0.25 and short > 0.25
 
 
 def test_labels_err_as_often_as_bradley_terry_says():
     rows = toy_text.gate_pairs("train", 0)
-    assert len(rows) == 4000 and all(row["chosen"] != row["rejected"] for row in rows)
+    assert len(rows) == 8000 and all(row["chosen"] != row["rejected"] for row in rows)
     gaps = [toy_text.gold_score(r["prompt"], r["chosen"]) - toy_text.gold_score(r["prompt"], r["rejected"]) for r in rows]
     for low, high in [(0.2, 0.4), (0.6, 1.0), (2.0, 9.0)]:
         near = [gap for gap in gaps if low < abs(gap) < high]
@@ -89,7 +102,7 @@ def test_posts_and_responses_fit_the_tiny_preset():
             for name in row.keys() - {"prompt"}:
                 ids = tokenizer(" " + row[name])["input_ids"]
                 assert len(ids) + 1 <= s.preference_length and tokenizer.decode(ids) == " " + row[name]
-    full = [" ".join(toy_text.careful(None, toy_text.read_facts(row["prompt"]))) for row in toy_text.gate("validation", 1)]
+    full = [" ".join(toy_text.careful(None, toy_text.read_clauses(row["prompt"]))) for row in toy_text.gate("validation", 1)]
     assert max(len(tokenizer(" " + text)["input_ids"]) + 1 for text in full) <= s.response_length
 
 

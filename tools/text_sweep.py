@@ -45,13 +45,15 @@ def llama(seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=600, max_position_embeddings=256, **sizes, **ids))
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=600, max_position_embeddings=256, **sizes, **ids)
+        )
 
 
 # Name of a run: stage, its flags, and, where they are not those of the preset, the flags of its SFT and of its reward model
 TABLE = {
     "SFT": ("sft", ""),
-    "SFT on chosen": ("sft", "", "--dataset=toy_text:chosen"),
+    "SFT on chosen": ("sft", "", "--dataset=toy_text:gate_pairs"),
     "DPO": ("dpo", ""),
     "PPO": ("ppo", ""),
     "PPO, 3 x updates": ("ppo", "--updates=180"),
@@ -63,8 +65,8 @@ TABLE = {
     "DR-PO, beta 0.5": ("drpo", "--beta=0.5"),
     "DR-PO, beta 1": ("drpo", "--beta=1"),
     "DR-PO, beta 1, 0..n": ("drpo", "--beta=1 --reset_include_prompt=True"),
-    "PPO from the chosen": ("ppo", "", "--dataset=toy_text:chosen"),
-    "DR-PO from the chosen": ("drpo", "", "--dataset=toy_text:chosen"),
+    "PPO from the chosen": ("ppo", "", "--dataset=toy_text:gate_pairs"),
+    "DR-PO from the chosen": ("drpo", "", "--dataset=toy_text:gate_pairs"),
 }
 COVERAGE = {
     f"{name} {stop}": (stage, "", f"--dataset=tools.text_sweep:gate_{stop}")
@@ -215,7 +217,12 @@ def draw_coverage(rows, path):
             if run == f"{name} {stop}" and (f"SFT {stop}", seed) in rows
         ]
         ax.scatter(*zip(*dots), color=COLOURS[key], marker=marker, alpha=0.7, label=name)
-    ax.set(xscale="log", xlabel="P(full summary) of the SFT policy", ylabel="share of full summaries at the end", ylim=(-0.03, 1.03))
+    ax.set(
+        xscale="log",
+        xlabel="P(full summary) of the SFT policy",
+        ylabel="share of full summaries at the end",
+        ylim=(-0.03, 1.03),
+    )
     ax.legend()
     figure.savefig(path, dpi=150)
 

@@ -1,0 +1,40 @@
+"""The sweep over the toy corpus, and the tables that README and docs take from results/."""
+
+import pytest
+
+import drpo
+from tools import tables, text_sweep
+
+
+@pytest.mark.parametrize("part", text_sweep.PARTS)
+def test_all_flags_of_a_sweep_are_settings(part):
+    for stage, flags, *others in text_sweep.PARTS[part].values():
+        for words in (flags, *others):
+            drpo.parse([stage, *words.split()])
+
+
+def test_datasets_and_networks_of_a_sweep_can_be_found():
+    for _, _, *flags in (text_sweep.COVERAGE | text_sweep.MODELS).values():
+        for name in [flag.partition("=")[2] for flag in flags if flag]:
+            assert callable(drpo.resolve(name, split="train", seed=0))
+    sizes = [network(seed=0).num_parameters() for network in (text_sweep.quarter, text_sweep.fourfold, text_sweep.llama)]
+    assert [round(size / 550_400, 1) for size in sizes] == pytest.approx([0.3, 3.3, 1.0], abs=0.3)
+
+
+def test_a_run_has_found_the_summary_at_one_half():
+    def line(name, seed, full, win):
+        zeros = dict.fromkeys(("coverage", "gold", "rm_score", "kl", "tokens", "rm_accuracy", "seconds"), 0.0)
+        return {"run": name, "seed": seed, "full": full, "win_rate": win, **zeros}
+
+    lines = [line("PPO", 1, 0.0, 0.2), line("PPO", 2, 0.49, 0.4), line("DR-PO", 1, 0.5, 0.6), line("DR-PO", 2, 0.9, 0.7)]
+    _, results = text_sweep.summarise("table", {(x["run"], x["seed"]): x for x in lines})
+    assert [results[name]["found"] for name in ("PPO", "DR-PO")] == [0, 2]
+    assert results["DR-PO"]["found_ci95"] == pytest.approx([0.025**0.5, 1.0], abs=1e-6)  # p^2 = 0.025
+    gap = results["DR-PO"]["win_rate minus PPO"]  # 0.4 and 0.3: mean 0.35, sd 0.0707, t = 12.706
+    assert gap["mean"] == pytest.approx(0.35) and gap["ci95"][0] == pytest.approx(0.35 - 12.706 * 0.05, abs=1e-3)
+
+
+def test_tables_in_readme_and_docs_are_those_of_the_files():
+    for name in tables.PAGES:
+        page = (tables.ROOT / name).read_text(encoding="utf-8")
+        assert page == tables.rewrite(page), "run: python -m tools.tables"

@@ -1,0 +1,101 @@
+"""The tables of README.md and docs/ that come from files in results/, written in place.
+
+    python -m tools.tables          rewrites what stands between <!-- table NAME --> and <!-- end -->
+
+NAME is one of TABLES below. A test fails where a table is older than its file.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/results.md")
+GPU = {"1b_r64": "1B, 64", "2.8b_r64": "2.8B, 64", "2.8b_r64_compile": "2.8B, 64, `--compile`"}
+GPU |= {"2.8b_r1024": "2.8B, 1024 (the paper's)", "6.9b_r64": "6.9B, 64"}
+PHASES = ("rollout", "score", "update")
+
+
+def read(path):
+    return json.loads((ROOT / "results" / path).read_text())
+
+
+def table(rows):
+    """Rows of cells, the first one the head -> a Markdown table."""
+    head, *rest = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
+
+
+def seconds(method, batch):
+    """Seconds of an update, scaled to 512 episodes."""
+    return sum(method[f"seconds_{phase}"] for phase in PHASES) * 512 / batch
+
+
+def gpu():
+    """README: an update of PPO and DR-PO, per model."""
+    rows = [["Pythia, LoRA rank", "s per 512 episodes: PPO / DR-PO", "hours per epoch", "GB at the peak", "MFU of the update"]]
+    for name, title in GPU.items():
+        figures = read(f"bench/gpu_{name}.json")
+        both, batch = list(figures["methods"].values()), figures["settings"]["batch_size"]
+        columns = [[f"{seconds(m, batch):.0f}" for m in both], [f"{m['hours']:.1f}" for m in both]]
+        columns += [[f"{max(m['gb'] for m in both):.0f}"], [f"{m['mfu_update']:.0%}" for m in both]]
+        rows.append([title, *map(" / ".join, columns)])
+    return table(rows)
+
+
+def gpu_phases():
+    """docs/results.md: the same by phase."""
+    rows = [["Pythia, LoRA rank", "batch, micro-batch", "method", "s: rollout + score + update", "s × 512 / batch"]]
+    rows[0] += ["GB", "hours per epoch", "MFU of update", "decoding, GB/s (of a copy)"]
+    for name, title in GPU.items():
+        figures = read(f"bench/gpu_{name}.json")
+        batch, decoding = figures["settings"]["batch_size"], figures["decode_bytes"]
+        for method, one in figures["methods"].items():
+            cells = [" + ".join(f"{one[f'seconds_{phase}']:.2f}" for phase in PHASES), f"{seconds(one, batch):.1f}"]
+            cells += [f"{one['gb']:.1f}", f"{one['hours']:.1f}", f"{one['mfu_update']:.0%}"]
+            cells += [f"{decoding / 1e9:.0f} ({decoding / figures['copy_bytes']:.0%})"]
+            file = f"[{title}](../results/bench/gpu_{name}.json)"
+            rows.append([file, f"{batch}, {figures['settings']['micro_batch']}", method, *cells])
+    return table(rows)
+
+
+def peers():
+    rows = [["shape", "CPU time, ours / official", "peak memory, ours / official", "row-steps, β = 1 / β = 0"]]
+    for size, one in read("bench/peers.json").items():
+        steps = one["row-steps, ours at beta 0 and 1"]
+        ratios = [b / a for a, b in (one["CPU s"], one["peak GB"], steps)]
+        rows.append([f"Pythia-{size}", *(f"{ratio:.2f}" for ratio in ratios)])
+    return table(rows)
+
+
+def interval(of, digits=3):
+    return "–" if not of.get("ci95") else f"[{of['ci95'][0]:.{digits}f}, {of['ci95'][1]:.{digits}f}]"
+
+
+def text(part, names=None, other="PPO"):
+    """A part of tools.text_sweep: mean and 95 % t-interval over seeds, exact intervals of shares."""
+    rows = [["method", "found", "share full", "win rate", f"win rate − {other}", "gold score", "RM score", "KL", "tokens"]]
+    for name, of in read(f"text/{part}.json").items():
+        if names is None or name in names:
+            low, high = of["found_ci95"]
+            found = f"{of['found']}/{of['win_rate']['n']} [{low:.2f}, {high:.2f}]"
+            gap = of.get(f"win_rate minus {other}")
+            cells = [f"{of['full']['mean']:.3f}", f"{of['win_rate']['mean']:.3f} {interval(of['win_rate'])}"]
+            cells.append(f"{gap['mean']:+.3f} {interval(gap)}" if gap else "")
+            rows.append([name, found, *cells, *(f"{of[key]['mean']:.2f}" for key in ("gold", "rm_score", "kl", "tokens"))])
+    return table(rows)
+
+
+TABLES = {"gpu": gpu, "gpu by phase": gpu_phases, "peers": peers, "text": lambda: text("table")}
+
+
+def rewrite(page):
+    """The text of a page -> the same with its tables made anew. Raises KeyError for a table that nobody makes."""
+    pattern = re.compile(r"(<!-- table ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
+    return pattern.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", page)
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(rewrite(path.read_text(encoding="utf-8")), encoding="utf-8")
