@@ -28,17 +28,15 @@ no token sees the padding and no mask is needed. Response step t is decided from
     rewards                         0   0  -kl -kl -kl+score     `penalised_rewards`
     advantages                      0   0   A   A   A   0        `gae`, whitened over the mask
 
-Differences from the paper (P) and the official code (C, github.com/Cornell-RL/drpo). N+ is arXiv 2403.17031.
+The main differences from the paper (P) and the official code (C); docs/paper.md has all of them. N+ is arXiv 2403.17031.
     1  One mask in every term: the sampled tokens up to EOS, as Alg. 1 stores. C masks the prefix only in the policy loss.
     2  A prefix has 1..n tokens, n without EOS, as in C. `--reset_include_prompt` draws 0..n, as in P, Alg. 3.
-    3  The prefix is fed with the prompt, which saves decoding steps. C forces it token by token: the same distribution.
-    4  A response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the last place.
-    5  References score 0 on average, read at their last token. C reads that bias at the wrong place (left padding).
-    6  Losses are means over all masked tokens of the batch. C averages means of micro-batches, PPO and DR-PO differently.
-    7  Every draw depends on the seed and the update number. C's resets are unseeded.
-    8  The critic's head is trained (C freezes it). Schedules are linear to 0 as in P (C: cosine for SFT, RM, DPO).
+    3  A response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the last place.
+    4  References score 0 on average, read at their last token. C reads that bias at the wrong place (left padding).
+    5  Losses are means over all masked tokens of the batch. C averages means of micro-batches. The critic's head is trained.
 """
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -46,13 +44,12 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import importlib.util
+import importlib
 import inspect
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -67,6 +64,7 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GradientCheckpointingLayer
+from transformers.hf_argparser import HfArg
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, and the shapes of rollouts change
 
@@ -77,65 +75,60 @@ USES = {"sft": "data sft", "rm": "data sft rm", "dpo": "data sft po dpo"} | dict
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
 
 
-def setting(default, help):
-    kind = {"default_factory": list} if default == [] else {"default": default}
-    return dataclasses.field(**kind, metadata={"help": help})
-
-
 @dataclasses.dataclass
 class Settings:
-    preset: Literal["tiny", "tldr", "hh", "cnndm"] = setting("tiny", "a set of defaults")
-    run_dir: str = setting("", "output folder; empty: runs/PRESET")
-    seeds: list[int] = setting([], "run once per seed, in RUN_DIR/seed_K, and tabulate mean and range")
-    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
-    micro_batch: int = setting(8, "rows per forward pass (8 times as many in rollouts); changes memory and speed only")
-    checkpoint_activations: bool = setting(False, "recompute the layers in the backward pass: less memory, more time")
-    compile: bool = setting(False, "torch.compile of the layers: minutes at the start, then a faster update on a GPU")
-    save_every: int = setting(100, "updates between checkpoints")
-    eval_samples: int = setting(600, "held-out prompts that the methods are compared on")
-    eval_temperature: float = setting(0.01, "sampling temperature of the evaluation")
-    judge: str = setting("rm", "rm (not independent: it was optimised), rm:RUN_DIR or module:function")
-    seed: int = setting(0, "seed of all randomness")
-    model: str = setting("EleutherAI/pythia-2.8b-deduped", "Hub name, folder or module:function")
-    tokenizer: str = setting("", "the same, if it is not the model's own")
-    dataset: str = setting(TLDR, "prompts and references: Hub name[:config], file, folder or module:function")
-    preference_dataset: str = setting("vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144", "preference pairs")
-    dtype: Literal["bfloat16", "float32"] = setting("bfloat16", "autocast dtype; storage dtype of frozen networks")
-    query_length: int = setting(512, "tokens of a prompt; a longer post loses its last lines")
-    response_length: int = setting(53, "tokens of a response, EOS included, in SFT and rollouts")
-    preference_length: int = setting(169, "tokens of a response, EOS included, in a preference pair")
-    max_grad_norm: float = setting(0.0, "clip the gradient (of policy and critic together) to this norm; 0: never")
-    supervised_lora_r: int = setting(0, "LoRA rank in SFT and reward model; 0 trains all weights, as the paper does")
-    sft_steps: int = setting(0, "updates of SFT; 0: one epoch")
-    sft_lr: float = setting(3e-6, "learning rate of SFT, linear to 0")
-    sft_batch_size: int = setting(64, "rows per update of SFT")
-    rm_model: str = setting("", "what the reward model starts from, with the same tokenizer; empty: the SFT network")
-    rm_steps: int = setting(0, "updates of the reward model; 0: one epoch")
-    rm_lr: float = setting(3e-6, "learning rate of the reward model, linear to 0")
-    rm_batch_size: int = setting(64, "pairs per update of the reward model")
-    rm_center: float = setting(0.0, "weight of (r(winner) + r(loser))^2: Eq. (1) leaves a prompt's mean score free")
-    updates: int = setting(0, "updates of drpo, ppo and dpo; 0: one epoch")
-    lora_r: int = setting(1024, "LoRA rank of policy and critic, alpha = 2r; 0 trains all weights")
-    batch_size: int = setting(512, "rollouts per update")
-    lr: float = setting(3e-6, "learning rate of policy and critic, linear to 0")
-    beta: float = setting(1.0, "probability that a rollout starts from a reset; 0 is PPO, the paper runs 1")
-    reset_to: Literal["reference", "chosen", "sft"] = setting("reference", "whose prefixes; sft: the SFT policy's (Remark 5.1)")
-    reset_include_prompt: bool = setting(False, "prefixes of 0..n tokens (Alg. 3), not 1..n")
-    advantages: Literal["gae", "rloo"] = setting("gae", "gae: from a critic; rloo: leave-one-out in a group, no critic")
-    group: int = setting(4, "rollouts from the same state, with rloo")
-    temperature: float = setting(0.7, "sampling temperature of rollouts; log-probabilities and KL are taken at it too")
-    epochs: int = setting(4, "PPO passes over each batch, one optimizer step each")
-    kl_coef: float = setting(0.05, "KL penalty coefficient; low values invite reward hacking")
-    gamma: float = setting(1.0, "discount")
-    lam: float = setting(0.95, "GAE's lambda: 1 is Monte Carlo, 0 trusts the critic")
-    cliprange: float = setting(0.2, "PPO's epsilon")
-    cliprange_value: float = setting(0.2, "how far a value may move in one update")
-    vf_coef: float = setting(0.1, "weight of the value loss")
-    whiten_rewards: bool = setting(True, "divide per-token rewards by their standard deviation (gae only)")
-    missing_eos_score: float = setting(-1.0, "score of a response that never ends")
-    dpo_beta: float = setting(0.05, "DPO's beta")
-    dpo_lr: float = setting(3e-6, "learning rate of DPO, linear to 0")
-    dpo_batch_size: int = setting(64, "pairs per update of DPO")
+    preset: Literal["tiny", "tldr", "hh", "cnndm"] = HfArg(default="tiny", help="a set of defaults")
+    run_dir: str = HfArg(default="", help="output folder; empty: runs/PRESET")
+    seeds: list[int] = HfArg(default_factory=list, help="run once per seed, in RUN_DIR/seed_K, and tabulate mean and range")
+    device: str = HfArg(default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda if there is one")
+    micro_batch: int = HfArg(default=8, help="rows per forward pass (8 times as many in rollouts); memory and speed only")
+    checkpoint_activations: bool = HfArg(default=False, help="recompute layers in the backward pass: less memory, slower")
+    compile: bool = HfArg(default=False, help="torch.compile of the layers: minutes at the start, then faster on a GPU")
+    save_every: int = HfArg(default=100, help="updates between checkpoints")
+    eval_samples: int = HfArg(default=600, help="held-out prompts that the methods are compared on")
+    eval_temperature: float = HfArg(default=0.01, help="sampling temperature of the evaluation")
+    judge: str = HfArg(default="rm", help="rm (not independent: it was optimised), rm:RUN_DIR or module:function")
+    seed: int = HfArg(default=0, help="seed of all randomness")
+    model: str = HfArg(default="EleutherAI/pythia-2.8b-deduped", help="Hub name, folder or module:function")
+    tokenizer: str = HfArg(default="", help="the same, if it is not the model's own")
+    dataset: str = HfArg(default=TLDR, help="prompts and references: Hub name[:config], file, folder or module:function")
+    preference_dataset: str = HfArg(default="vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144", help="pairs")
+    dtype: Literal["bfloat16", "float32"] = HfArg(default="bfloat16", help="autocast dtype; storage dtype of frozen networks")
+    query_length: int = HfArg(default=512, help="tokens of a prompt; a longer post loses its last lines")
+    response_length: int = HfArg(default=53, help="tokens of a response, EOS included, in SFT and rollouts")
+    preference_length: int = HfArg(default=169, help="tokens of a response, EOS included, in a preference pair")
+    max_grad_norm: float = HfArg(default=0.0, help="clip the gradient (of policy and critic together) to this norm; 0: never")
+    supervised_lora_r: int = HfArg(default=0, help="LoRA rank in SFT and reward model; 0 trains all weights, as the paper does")
+    sft_steps: int = HfArg(default=0, help="updates of SFT; 0: one epoch")
+    sft_lr: float = HfArg(default=3e-6, help="learning rate of SFT, linear to 0")
+    sft_batch_size: int = HfArg(default=64, help="rows per update of SFT")
+    rm_model: str = HfArg(default="", help="reward model's start, Hub name or folder, same tokenizer; empty: the SFT network")
+    rm_steps: int = HfArg(default=0, help="updates of the reward model; 0: one epoch")
+    rm_lr: float = HfArg(default=3e-6, help="learning rate of the reward model, linear to 0")
+    rm_batch_size: int = HfArg(default=64, help="pairs per update of the reward model")
+    rm_center: float = HfArg(default=0.0, help="weight of (r(winner) + r(loser))^2: Eq. (1) leaves a prompt's mean score free")
+    updates: int = HfArg(default=0, help="updates of drpo, ppo and dpo; 0: one epoch")
+    lora_r: int = HfArg(default=1024, help="LoRA rank of policy and critic, alpha = 2r; 0 trains all weights")
+    batch_size: int = HfArg(default=512, help="rollouts per update")
+    lr: float = HfArg(default=3e-6, help="learning rate of policy and critic, linear to 0")
+    beta: float = HfArg(default=1.0, help="probability that a rollout starts from a reset; 0 is PPO, the paper runs 1")
+    reset_to: Literal["reference", "chosen", "sft"] = HfArg(default="reference", help="whose prefixes; sft: Remark 5.1")
+    reset_include_prompt: bool = HfArg(default=False, help="prefixes of 0..n tokens (Alg. 3), not 1..n")
+    advantages: Literal["gae", "rloo"] = HfArg(default="gae", help="gae: from a critic; rloo: leave-one-out, no critic")
+    group: int = HfArg(default=4, help="rollouts from the same state, with rloo")
+    temperature: float = HfArg(default=0.7, help="sampling temperature of rollouts, log-probabilities and KL")
+    epochs: int = HfArg(default=4, help="PPO passes over each batch, one optimizer step each")
+    kl_coef: float = HfArg(default=0.05, help="KL penalty coefficient; low values invite reward hacking")
+    gamma: float = HfArg(default=1.0, help="discount")
+    lam: float = HfArg(default=0.95, help="GAE's lambda: 1 is Monte Carlo, 0 trusts the critic")
+    cliprange: float = HfArg(default=0.2, help="PPO's epsilon")
+    cliprange_value: float = HfArg(default=0.2, help="how far a value may move in one update")
+    vf_coef: float = HfArg(default=0.1, help="weight of the value loss")
+    whiten_rewards: bool = HfArg(default=True, help="divide per-token rewards by their standard deviation (gae only)")
+    missing_eos_score: float = HfArg(default=-1.0, help="score of a response that never ends")
+    dpo_beta: float = HfArg(default=0.05, help="DPO's beta")
+    dpo_lr: float = HfArg(default=3e-6, help="learning rate of DPO, linear to 0")
+    dpo_batch_size: int = HfArg(default=64, help="pairs per update of DPO")
 
     def __post_init__(self):
         self.run_dir = self.run_dir or f"runs/{self.preset}" + "_seeds" * bool(self.seeds)
@@ -150,8 +143,6 @@ class Settings:
                 stop(f"--{name} {value}: must lie in [{low}, {high}]")
         if self.advantages == "rloo" and self.batch_size % self.group:
             stop(f"--group {self.group}: must divide --batch_size {self.batch_size}")
-        if self.compile and self.checkpoint_activations:
-            stop("--compile: not together with --checkpoint_activations")
 
 
 # fmt: off
@@ -169,35 +160,30 @@ PRESETS = {
 # fmt: on
 
 
-def stop(message, status=2):
-    """One line on stderr, and the end. Status 2: the caller can fix it. Status 3: this run must not continue."""
+def stop(message, status=2):  # one line on stderr; status 2: the caller can fix it, 3: this run must not continue
     line = " ".join(str(message).split())
     tqdm.write(f"drpo.py: {line if len(line) < 280 else line[:140] + ' ... ' + line[-130:]}", file=sys.stderr)
     raise SystemExit(status)
 
 
 @contextlib.contextmanager
-def blame(what):
-    """Whatever a library raises inside, of bad input, becomes one line that begins with `what`, and status 2."""
+def blame(what):  # whatever a library raises inside, of bad input, becomes one line that begins with `what`, and status 2
     try:
         yield
     except Exception as error:  # `datasets` alone has some twenty types of them
         stop(f"{what}: {type(error).__name__}: {error.__cause__ or error}")
 
 
-def generator(seed, *key):
-    """A CPU generator that depends on seed and key alone, so that a resumed run draws what it would have drawn."""
+def generator(seed, *key):  # on the CPU, depends on seed and key alone: a resumed run draws what it would have drawn
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def world():
-    """-> (rank, number of processes). All hold all rows and weights (torchrun), and each computes a share of micro-batches."""
+def world():  # -> (rank, number of processes): all hold all rows and weights, each computes a share of the micro-batches
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def summed(x):
-    """The tensor x, summed over all processes in place: results, gradients. So every process continues as one alone would."""
+def summed(x):  # the tensor x, summed over all processes in place: each continues as one alone would
     if world()[1] > 1:
         dist.all_reduce(x)
     return x
@@ -207,14 +193,13 @@ def summed(x):
 def resolve(name, **offered):
     """`module:function` -> the function, with those of the offered arguments bound that it takes. None for any other name."""
     module, _, function = name.partition(":")
-    if Path(name).exists() or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) or not importlib.util.find_spec(module):
+    if Path(name).exists() or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return None
     function = getattr(importlib.import_module(module), function)
     return functools.partial(function, **{k: offered[k] for k in inspect.signature(function).parameters if k in offered})
 
 
-def read_row(row):
-    """A row of any known layout, told by its columns -> its texts prompt, reference, chosen, rejected, and its batch."""
+def read_row(row):  # of any known layout, told by its columns -> texts prompt, reference, chosen, rejected, and its batch
     info, prompt, a, b = row.get("info") or row, row.get("prompt", row.get("query")), row.get("chosen"), row.get("rejected")
     if info.get("article"):  # CNN/DM, in abisee/cnn_dailymail and among openai's pairs
         prompt = f"Article:\n{info['article']}\n\nTL;DR:"
@@ -232,46 +217,43 @@ def read_row(row):
     return {"prompt": prompt, "reference": reference, "chosen": a, "rejected": b, "batch": row.get("batch")}
 
 
-def read_source(source, seed):
-    """-> (training rows, held-out rows). Where there is one split, a tenth of the prompts is held out, drawn by the seed."""
+def read_source(source, seed):  # -> {split: rows as they stand}, or the rows of the only split
     path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
     if resolve(source):
-        splits = {split: resolve(source, split=split, seed=seed)() for split in ("train", "validation")}
-    elif path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
+        return {split: resolve(source, split=split, seed=seed)() for split in ("train", "validation")}
+    if path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
         with (gzip.open if source.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             read = {"json": json.load, "csv": csv.DictReader, "jsonl": lambda file: [json.loads(x) for x in file if x.strip()]}
-            rows = read[kind](file)
-            splits = list(rows["data"] if isinstance(rows, dict) else rows)
-    else:
-        datasets = importlib.import_module("datasets")
-        datasets.logging.set_verbosity(50)  # what goes wrong is said once, in one line
-        if path.is_file():
-            splits = datasets.load_dataset(kind, data_files=source)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # what save_to_disk wrote
-            splits = datasets.load_from_disk(source)
-        else:
-            splits = datasets.load_dataset(*[source] if path.exists() else source.split(":"))
-    splits = splits if isinstance(splits, dict) else {"train": splits}
-    train = [read_row(row) | {"number": number} for number, row in enumerate(splits["train"])]
-    if found := [name for name in ("validation", "valid", "test", "valid1") if name in splits]:
-        return train, [read_row(row) | {"number": number} for number, row in enumerate(splits[found[0]])]
-    prompts = sorted({str(row["prompt"]) for row in train})
-    out = set(draw(prompts or [""], max(1, len(prompts) // 10), 0, seed, "held out"))
-    return [[row for row in train if (str(row["prompt"]) in out) == side] for side in (False, True)]
+            return list(read[kind](file))
+    datasets = importlib.import_module("datasets")
+    datasets.logging.set_verbosity(50)  # what goes wrong is said once, in one line
+    if path.is_file():
+        return datasets.load_dataset(kind, data_files=source)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # what save_to_disk wrote
+        return datasets.load_from_disk(source)
+    return datasets.load_dataset(*[source] if path.exists() else source.split(":"))
 
 
 @functools.lru_cache
 def load_rows(source, kind, seed):
     """-> (training rows, held-out rows), texts prompt and reference (kind "reference"; of pairs, the chosen response), or
-    prompt, chosen, rejected and batch ("pairs"). Rows that teach nothing (a text is empty, chosen = rejected) are dropped."""
+    prompt, chosen, rejected and batch ("pairs"). Rows that teach nothing (a text is empty, chosen = rejected) are dropped.
+    Where there is one split, a tenth of the prompts is held out, drawn by the seed."""
     fields, result = ["prompt", "reference"] if kind == "reference" else ["prompt", "chosen", "rejected"], []
     with blame(f"{source}: cannot be read"):
         splits = read_source(source, seed)
-    for row, name in ((row, name) for rows in splits for row in rows for name in fields):
+        splits = splits if isinstance(splits, dict) else {"train": splits}
+        found = [name for name in ("validation", "valid", "test", "valid1") if name in splits]
+        parts = [[read_row(row) for row in splits[name]] for name in ["train", *found[:1]]]
+    for number, row, name in ((i, row, name) for rows in parts for i, row in enumerate(rows) for name in fields):
         if not isinstance(row[name], str) or re.search("[\ud800-\udfff]", row[name]):
-            found = f"{row[name]!a:.40}" + " (write messages out as text)" * any(isinstance(x, list) for x in row.values())
-            stop(f"{source}: row {row['number']}: {name} must be text, not {found}; a row needs {', '.join(fields)}")
-    for part, rows in zip(("training", "held-out"), splits):
+            text = f"{row[name]!a:.40}" + " (write messages out as text)" * any(isinstance(x, list) for x in row.values())
+            stop(f"{source}: row {number}: {name} must be text, not {text}; a row needs {', '.join(fields)}")
+    if not found:
+        prompts = sorted({row["prompt"] for row in parts[0]})
+        out = set(draw(prompts or [""], max(1, len(prompts) // 10), 0, seed, "held out"))
+        parts = [[row for row in parts[0] if (row["prompt"] in out) == side] for side in (False, True)]
+    for part, rows in zip(("training", "held-out"), parts):
         texts = [{name: row[name].removesuffix("<|endoftext|>").strip() for name in fields} for row in rows]
         kept = [x | {"batch": row["batch"]} for x, row in zip(texts, rows) if len(set(x.values()) - {""}) == len(fields)]
         if len(kept) < len(rows):
@@ -295,8 +277,7 @@ def encode_query(prompt, tokenizer, length):
         post = post[: cut if cut >= 0 else -max(1, (len(ids) - length) // 4)]
 
 
-def encode_response(text, tokenizer, length):
-    """-> ids of " " + text + EOS, at most `length`; where it is cut, the EOS is lost, as in the official preprocessing."""
+def encode_response(text, tokenizer, length):  # -> ids of " " + text + EOS; where it is cut, the EOS is lost, as in C
     ids = tokenizer(" " + text.strip(), add_special_tokens=False)["input_ids"]
     return ([token for token in ids if token != tokenizer.eos_token_id] + [tokenizer.eos_token_id])[:length]
 
@@ -310,21 +291,18 @@ def collate(queries, responses, T, device):
     return {name: torch.tensor(values, device=device) for name, values in lists.items()}
 
 
-def encode(rows, fields, s, tokenizer, T):
-    """A batch with row[fields[0]] as the response of every row, then with row[fields[1]], if there are two fields."""
+def encode(rows, fields, s, tokenizer, T):  # a batch with the first field as the response of every row, then the second, if any
     queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows] * len(fields)
     return collate(queries, [encode_response(row[name], tokenizer, T) for name in fields for row in rows], T, s.device)
 
 
-def whole(batch):
-    """The same rows, each as a response to its first token: SFT is trained on query and response alike."""
+def whole(batch):  # each row as a response to its first token: SFT is trained on query and response alike
     length = batch["query_len"] + batch["response_len"] - 1
     return batch | {"response": batch["ids"][:, 1:], "query_len": torch.ones_like(length), "response_len": length}
 
 
 def micro_batches(batch, size, pairs=False):
-    """Yields (indices, part of the batch), this process's share, longest rows first: little padding, and running out of memory
-    happens at once. With pairs, index i stands for the rows i and i + B/2."""
+    """Yields (indices, part of the batch), longest rows first: little padding. Pairs: index i stands for rows i and i + B/2."""
     lengths, (rank, processes) = batch["query_len"] + batch["response_len"], world()
     longest, size = (torch.max(*lengths.chunk(2)), max(1, size // 2)) if pairs else (lengths, size)
     for index in longest.argsort(descending=True, stable=True).split(size)[rank::processes]:
@@ -333,10 +311,13 @@ def micro_batches(batch, size, pairs=False):
         yield index, part | {"ids": part["ids"][:, : lengths[rows].max()]}
 
 
-def draw(rows, size, update, seed, stream):
-    """The `update`-th batch of an endless stream of epochs, each in a fresh order that depends on the seed alone."""
+def draw(rows, size, update, seed, stream):  # the `update`-th batch of an endless stream of epochs, each in a fresh order
     order = functools.cache(lambda epoch: torch.randperm(len(rows), generator=generator(seed, stream, epoch)).tolist())
     return [rows[order(i // len(rows))[i % len(rows)]] for i in range(update * size, (update + 1) * size)]
+
+
+def few(rows, size, s, stream):  # at most `size` of the rows, drawn by the seed
+    return draw(rows, min(size, len(rows)), 0, s.seed, stream)
 
 
 # ---- 3. Models ---------------------------------------------------------------------------------------------------------------
@@ -344,11 +325,8 @@ def draw(rows, size, update, seed, stream):
 #                                            critic = RM network + LoRA + head     reward    = adapter off, own head
 # With lora_r = 0 all weights are trained and the frozen twin is a copy. Networks stay in eval mode: with dropout two passes
 # over the same tokens would differ, and the ratio of the first epoch would not be 1.
-def load(loader, name, s, **kwargs):
-    """loader.from_pretrained of a Hub name or a folder, or the result of a module:function. A model's own code is never run."""
+def load(loader, name, s, **kwargs):  # from a Hub name, a folder or a module:function; a model's own code is never run
     with blame(f"{name}: cannot be loaded"):
-        if Path(name, "adapter_config.json").exists():
-            raise ValueError(f"a LoRA adapter; name the folder of the merged network, such as {Path(name).resolve().parent}")
         function = resolve(name, seed=s.seed)
         return function() if function else loader.from_pretrained(name, trust_remote_code=False, **kwargs)
 
@@ -359,37 +337,22 @@ def load_tokenizer(name, s):
     return tokenizer if is_one else stop(f"--tokenizer {name}: is no tokenizer, or has no end-of-text token")
 
 
-def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):
-    """A network in eval mode on the device. Weights that will be trained are float32, others s.dtype."""
+def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  # in eval mode, on the device
     dtype = torch.float32 if trained else getattr(torch, s.dtype)
     network = load(cls, name, s, dtype=dtype, **kwargs)
-    if not isinstance(network, nn.Module):
-        stop(f"--model {name}: gives no network")
-    if cls is AutoModelForSequenceClassification and not hasattr(network, "score"):  # a causal network of a module:function
-        network.config.num_labels, body = 1, network.base_model
-        network = cls.from_config(network.config)
-        network.base_model.load_state_dict(body.state_dict())
-    network = network.to(s.device, dtype).eval()
-    if cls is AutoModelForCausalLM:  # decoding pads on the left and keeps a cache: it must see what a plain pass sees
-        with torch.no_grad(), blame(f"--model {name}: cannot be used"):
-            (body, head), ids = body_and_head(network), torch.arange(8, device=s.device).view(2, 4)
-            plain = network(ids[:1, 1:], use_cache=False).logits[:, -1].float()
-            cache = transformers.DynamicCache(config=body.config)
+    with torch.no_grad(), blame(f"--model {name}: cannot be used"):
+        network = network.to(s.device, dtype).eval()
+        if cls is AutoModelForCausalLM:  # left padding and a cache, as in rollouts, must give the logits of a plain pass
+            (body, head), ids = body_and_head(network), torch.arange(4, device=s.device)[None]
+            plain, cache = network(ids[:, 1:]).logits[:, -1].float(), transformers.DynamicCache(config=body.config)
             next_states(body, ids[:, :3], ids[:, :3] > 0, cache)
-            cache.batch_select_indices(torch.tensor([0], device=s.device))  # rows that have ended leave
-            states = next_states(body, ids[:1, 3:], ids[:1] > 0, cache)
-            if not (logits_of(head, states, 1.0) - plain).norm() < (1e-3 if s.dtype == "float32" else 5e-2) * plain.norm():
+            logits = logits_of(head, next_states(body, ids[:, 3:], ids > 0, cache), 1.0)
+            if not (logits - plain).norm() < (1e-3 if s.dtype == "float32" else 5e-2) * plain.norm():
                 raise ValueError("left padding, or more than a linear head, changes its logits")
-    for layer in network.modules() if s.checkpoint_activations else []:  # transformers' own switch needs train mode: dropout
-        if isinstance(layer, GradientCheckpointingLayer):
+    for layer in [x for x in network.modules() if isinstance(x, GradientCheckpointingLayer)]:
+        if s.checkpoint_activations:  # transformers' own switch needs train mode, and with it dropout
             layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-    return compiled(network, s)
-
-
-def compiled(network, s):
-    """The same network; with --compile its layers are compiled, for rows of any number and length."""
-    for layer in network.modules() if s.compile else []:
-        if isinstance(layer, GradientCheckpointingLayer):
+        if s.compile:
             layer.compile(dynamic=True)
     return network
 
@@ -404,31 +367,29 @@ def add_lora(network, r, seed, role):
         return peft.get_peft_model(network, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets)).eval()
 
 
-def twin(network, s, role):
-    """-> (trained, frozen): the network as it will be trained, and a context manager that gives it as it is now."""
-    shared = {id(p): p for p in network.parameters()} if s.lora_r else {}  # LoRA trains none of them: one copy serves both
-    original = compiled(copy.deepcopy(network, shared).requires_grad_(False), s)  # a copy is never compiled
-    trained = add_lora(network, s.lora_r, s.seed, role) if s.lora_r else network
-    return trained, lambda: contextlib.nullcontext(original)
+def twin(network, s, role):  # -> the network as it will be trained, and frozen as it is now; with LoRA they share weights
+    shared = {id(p): p for p in network.parameters()} if s.lora_r else {}
+    frozen = copy.deepcopy(network, shared).requires_grad_(False)
+    for layer in frozen.modules() if s.compile else []:  # a copy is not compiled
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=True)
+    return add_lora(network, s.lora_r, s.seed, role) if s.lora_r else network, frozen
 
 
-def load_reward(folder, s, trained=False):
-    """-> (backbone, head). On disk an AutoModelForSequenceClassification; score = its logit - config.reward_bias."""
+def load_reward(folder, s, trained=False):  # -> (backbone, head): score = logit on disk - config.reward_bias
     model = load_network(str(folder), s, AutoModelForSequenceClassification, trained)
     if not hasattr(model.config, "reward_bias"):
         stop(f"{folder}: is not a reward model; make one with: python drpo.py rm")
     return model.base_model, scalar_head(model.score.weight, -model.config.reward_bias)
 
 
-def scalar_head(weight, bias=0.0):
-    """A frozen nn.Linear(d, 1) in float32 from a weight (1, d) and a number."""
+def scalar_head(weight, bias=0.0):  # a frozen nn.Linear(d, 1) in float32 from a weight (1, d) and a number
     head = nn.Linear(weight.shape[1], 1, device=weight.device)
     head.load_state_dict({"weight": weight.float(), "bias": torch.tensor([bias])})
     return head.requires_grad_(False)
 
 
-def save_network(network, tokenizer, folder):
-    """In the layout of Hugging Face: an adapter under adapter/, and merged into its network."""
+def save_network(network, tokenizer, folder):  # the layout of Hugging Face; an adapter under adapter/, and merged
     if world()[0] == 0:
         if hasattr(network, "merge_and_unload"):
             network.save_pretrained(folder / "adapter")
@@ -437,27 +398,23 @@ def save_network(network, tokenizer, folder):
         tokenizer.save_pretrained(folder)
 
 
-def body_and_head(network):
-    """-> the transformer without its head, and the linear layer that makes logits of its states; adapters stay on."""
+def body_and_head(network):  # -> the transformer without its head, and the linear layer that makes logits of its states
     network = network.get_base_model() if hasattr(network, "get_base_model") else network
     return network.base_model, network.get_output_embeddings()
 
 
-def states_before(body, batch, mask):
-    """The states that the masked response steps are decided from, each one position to the left. (B, T) bool -> (n, d)."""
+def states_before(body, batch, mask):  # -> (n, d): the states that the masked response steps are decided from
     states, (row, t) = body(input_ids=batch["ids"], use_cache=False).last_hidden_state, mask.nonzero(as_tuple=True)
     return states[row, batch["query_len"][row] - 1 + t].float()
 
 
-def logits_of(head, states, temperature):
-    """(n, d) -> (n, V) float32, divided by the temperature: the one place where logits are made, to sample and to score."""
+def logits_of(head, states, temperature):  # (n, d) -> (n, V) float32, both to sample and to score
     bias = None if head.bias is None else head.bias / temperature
     return F.linear((states / temperature).to(head.weight.dtype), head.weight, bias).float()
 
 
 def response_logprobs(network, batch, mask, temperature=1.0):
-    """-> ln pi(a_t | s_t) and, while gradients are off, the entropy of pi(. | s_t): (B, T) float32, 0 outside the mask.
-    Logits exist for the masked steps of one micro-batch only: 8 x 53 x 50k floats are 85 MB."""
+    """-> ln pi(a_t | s_t) and, while gradients are off, the entropy of pi(. | s_t): (B, T) float32, 0 outside the mask."""
     (body, head), zeros = body_and_head(network), torch.zeros(mask.shape, device=mask.device)
     logits = logits_of(head, states_before(body, batch, mask), temperature)
     logprobs = zeros.masked_scatter(mask, -F.cross_entropy(logits, batch["response"][mask], reduction="none"))
@@ -466,20 +423,17 @@ def response_logprobs(network, batch, mask, temperature=1.0):
     return logprobs, zeros.masked_scatter(mask, torch.distributions.Categorical(logits=logits).entropy())
 
 
-def sequence_logprobs(network, batch, temperature=1.0):
-    """ln pi(response | query), (B,) float32."""
+def sequence_logprobs(network, batch, temperature=1.0):  # ln pi(response | query), (B,) float32
     mask = token_mask(torch.zeros_like(batch["response_len"]), batch["response_len"], batch["response"].shape[1])
     return response_logprobs(network, batch, mask, temperature)[0].sum(1)
 
 
-def response_values(critic, head, batch, mask):
-    """V(s_t), (B, T) float32, 0 outside the mask. A sum of products: autocast would make a matrix product in bfloat16 of it."""
-    values = (states_before(critic, batch, mask) * head.weight[0]).sum(-1) + head.bias
+def response_values(critic, head, batch, mask):  # V(s_t), (B, T) float32, 0 outside the mask
+    values = (states_before(critic, batch, mask) * head.weight[0]).sum(-1) + head.bias  # a matrix product would be in bfloat16
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
-def end_scores(backbone, head, batch):
-    """The reward of whole responses, (B,) float32: the head on the state at the last token, which is EOS if there is one."""
+def end_scores(backbone, head, batch):  # -> (B,): the head on the state at the last token, which is EOS if there is one
     after = torch.arange(batch["response"].shape[1] + 1, device=batch["ids"].device) == batch["response_len"][:, None]
     return response_values(backbone, head, batch, after).sum(1)
 
@@ -567,8 +521,7 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
 
 
 # ---- 5. Rollouts with dataset resets -----------------------------------------------------------------------------------------
-def token_mask(reset_len, response_len, T):
-    """(B,), (B,) -> (B, T) bool: the tokens that the policy sampled itself, EOS included. The one mask of everything."""
+def token_mask(reset_len, response_len, T):  # (B,), (B,) -> (B, T) bool: the tokens that the policy sampled, EOS included
     t = torch.arange(T, device=reset_len.device)
     return (t >= reset_len[:, None]) & (t < response_len[:, None])
 
@@ -619,8 +572,7 @@ def reset_rollouts(roles, rows, update, tokenizer, s):
     rows, eos = draw(rows, s.batch_size // K, update, s.seed, "rl"), tokenizer.eos_token_id
     references = [encode_response(row["reference"], tokenizer, T) for row in rows]
     if s.reset_to == "sft":
-        with roles.reference() as network:
-            references = sample(network, rows, s, tokenizer, s.temperature, ("roll-in", update))
+        references = sample(roles.reference, rows, s, tokenizer, s.temperature, ("roll-in", update))
     references = [[token for token in ids if token != eos][: T - 1] for ids in references]
     reset_len = sample_reset_lengths(torch.tensor(list(map(len, references))), s.beta, rng, s.reset_include_prompt)
     prefixes = [ids[:n] for ids, n in zip(references, reset_len.tolist()) for _ in range(K)]
@@ -632,16 +584,14 @@ def reset_rollouts(roles, rows, update, tokenizer, s):
     return collate(queries, responses, T, s.device) | {"reset_len": reset_len, "has_eos": has_eos}
 
 
-def sample(network, rows, s, tokenizer, temperature, key=("evaluation",)):
-    """-> one response (list of ids) per row, from the bare prompt, with uniforms that depend on seed and key alone."""
+def sample(network, rows, s, tokenizer, temperature, key=("evaluation",)):  # -> ids, from the bare prompt
     uniforms = torch.rand(len(rows), s.response_length, generator=generator(s.seed, *key))
     queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows]
     return rollout(network, queries, [[]] * len(rows), uniforms, tokenizer, s, temperature)
 
 
 # ---- 6. The loop around every stage: optimizer, schedule, precision, log, checkpoint -----------------------------------------
-def precision(s):
-    """Autocast: matrix products are in s.dtype; log-softmax, losses, values, scores, trained weights, AdamW's state float32."""
+def precision(s):  # matrix products are in s.dtype; log-softmax, losses, values, trained weights and AdamW's state in float32
     return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
 
 
@@ -662,7 +612,7 @@ def training(stage, updates, lr, modules, s):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
             for name, p in params.items():
                 p.data.copy_(saved["params"][name])
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(saved["moments"]))})
+            optimizer.load_state_dict(saved["optimizer"])
             done = saved["update"]
         print(f"{stage}: resumes after update {done}")
     lines = re.finditer(r'\{"update": (\d+),.*\n', log.read_text() if log.exists() else "")
@@ -670,8 +620,7 @@ def training(stage, updates, lr, modules, s):
     with contextlib.ExitStack() as handlers:
         for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:  # Windows has no SIGHUP
             handlers.callback(signal.signal, number, signal.signal(number, lambda number, _: asked.append(number)))
-        bar = tqdm(range(done, updates), stage, updates, initial=done, unit="update", disable=not is_first)
-        for update in bar:
+        for update in (bar := tqdm(range(done, updates), stage, updates, initial=done, disable=not is_first)):
             metrics, began = {"update": update + 1, "lr": lr * (1 - update / updates)}, time.perf_counter()
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             yield update, optimizer, metrics
@@ -681,15 +630,13 @@ def training(stage, updates, lr, modules, s):
                 file.write(json.dumps(metrics) + "\n")
             stopping = summed(torch.tensor(len(asked))).item() > 0
             if (update + 1) % s.save_every == 0 or update + 1 == updates or stopping:
-                moments = [{k: x.cpu() for k, x in optimizer.state[p].items()} for p in params.values()]
-                weights = {name: p.detach().cpu() for name, p in params.items()}
-                save_whole({"params": weights, "moments": moments, "update": update + 1}, checkpoint)
+                state = {"params": {name: p.detach() for name, p in params.items()}, "optimizer": optimizer.state_dict()}
+                save_whole(state | {"update": update + 1}, checkpoint)
             if stopping:
                 stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command resumes", 0)
 
 
-def save_whole(value, path):
-    """Written beside, flushed, renamed: whenever the process dies, the file is the old one or the new one."""
+def save_whole(value, path):  # written beside, flushed, renamed: whenever the process dies, the file is the old or the new one
     if world()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".new").open("wb") as file:
@@ -736,33 +683,23 @@ def fit(stage, modules, loss_of, s, tokenizer):
         metrics["grad_norm"] = step(optimizer, s, f"{stage} update {update + 1}", batch)
 
 
-def train_sft(s):
-    """Supervised fine-tuning: cross-entropy over query and response, as in C's sft.py."""
+def train_sft(s):  # supervised fine-tuning: cross-entropy over query and response, as in C's sft.py
     tokenizer, network = load_tokenizer(s.tokenizer or s.model, s), load_network(s.model, s, trained=not s.supervised_lora_r)
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
-    rope, room = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", math.inf)
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond it, states depend on the longest row of a pass
-        room = rope.get("original_max_position_embeddings", room)
-    if longest > room:
+    if longest > (room := getattr(config, "max_position_embeddings", math.inf)):
         stop(f"--model {s.model}: has room for {room} tokens, rows may have {longest}")
     if len(tokenizer) > config.vocab_size:
         stop(f"--tokenizer has {len(tokenizer)} tokens, --model {s.model} embeds {config.vocab_size}")
-    if shutil.disk_usage(s.run_dir).free < sum(p.numel() for p in network.parameters()) * (4 if s.supervised_lora_r else 28):
-        stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
-    with blame(f"--model {s.model}: cannot be a reward model, or be trained with LoRA (then use --lora_r 0)"):  # tried early
-        with torch.device("meta"):
-            AutoModelForSequenceClassification.from_config(config)
-        add_lora(network, s.lora_r, s.seed, "trial").unload().requires_grad_(True) if s.lora_r else None
+    with blame(f"--model {s.model}: cannot be a reward model"), torch.device("meta"):  # tried early
+        AutoModelForSequenceClassification.from_config(config)
     if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < config.vocab_size:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    network.config.update(ends)
-    network.generation_config = transformers.GenerationConfig(**ends)
+    network.config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
+    network.generation_config = transformers.GenerationConfig.from_model_config(network.config)
     network = add_lora(network, s.supervised_lora_r, s.seed, "sft") if s.supervised_lora_r else network
     fit("sft", {"policy": network}, lambda x: [-sequence_logprobs(network, x).sum() / x["response_len"].sum()], s, tokenizer)
     save_network(network, tokenizer, Path(s.run_dir) / "sft")
-    rows = load_rows(s.dataset, "reference", s.seed)[1]
-    rows = draw(rows, min(s.eval_samples, len(rows)), 0, s.seed, "eval")
+    rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
     losses = per_row(lambda x: -sequence_logprobs(network, whole(x)), rows, None, s, tokenizer)
     counts = per_row(lambda x: whole(x)["response_len"], rows, None, s, tokenizer)
     texts = tokenizer.batch_decode(sample(network, rows, s, tokenizer, s.eval_temperature), skip_special_tokens=True)
@@ -785,17 +722,14 @@ def train_rm(s):
 
     fit("rm", {"reward": backbone, "head": head}, loss_of, s, tokenizer)
     backbone = backbone.merge_and_unload() if s.supervised_lora_r else backbone
-    score, references = functools.partial(end_scores, backbone, head), load_rows(s.dataset, "reference", s.seed)[0]
-    references = draw(references, min(2048, len(references)), 0, s.seed, "bias")
     model.score.weight.data.copy_(head.weight)
-    scores = per_row(score, references, None, s, tokenizer)
-    model.config.reward_bias = scores.mean().item()  # N+ detail 15: references score 0 on average
+    score = functools.partial(end_scores, backbone, head)
+    references = few(load_rows(s.dataset, "reference", s.seed)[0], 2048, s, "bias")
+    model.config.reward_bias = per_row(score, references, None, s, tokenizer).mean().item()  # N+ detail 15: they score 0
     model.config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     save_network(model, tokenizer, Path(s.run_dir) / "rm")
-    pairs, by_batch = load_rows(s.preference_dataset, "pairs", s.seed)[1], {}
-    pairs = draw(pairs, min(2000, len(pairs)), 0, s.seed, "rm held out")
-    texts = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
-    responses = [encode_response(text, tokenizer, s.preference_length) for text in texts]
+    pairs, by_batch = few(load_rows(s.preference_dataset, "pairs", s.seed)[1], 2000, s, "rm held out"), {}
+    responses = [encode_response(pair[x], tokenizer, s.preference_length) for x in ("chosen", "rejected") for pair in pairs]
     chosen, rejected = per_row(score, pairs * 2, responses, s, tokenizer).chunk(2)
     for hit, pair in zip((chosen > rejected).tolist(), pairs):  # N+ detail 16: accuracy differs by labelling batch
         by_batch.setdefault(pair["batch"] or "all", []).append(hit)
@@ -803,14 +737,12 @@ def train_rm(s):
     return figures | {"accuracy": mean(chosen > rejected), "accuracy_ci95": wilson(chosen > rejected), "pairs": len(pairs)}
 
 
-def train_dpo(s):
-    """Direct preference optimization, from the SFT network, on the pairs that the reward model was fitted on."""
+def train_dpo(s):  # direct preference optimization, from the SFT network, on the pairs of the reward model
     tokenizer, network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
     policy, reference = twin(network, s, "dpo")
 
     def loss_of(part):
-        with torch.no_grad(), reference() as network:
-            ref_logprobs = sequence_logprobs(network, part).chunk(2)
+        ref_logprobs = sequence_logprobs(reference, part).chunk(2)
         loss, margins = dpo_loss(*sequence_logprobs(policy, part).chunk(2), *ref_logprobs, s.dpo_beta)
         return loss, (margins > 0).float().mean()
 
@@ -818,13 +750,11 @@ def train_dpo(s):
     save_network(policy, tokenizer, Path(s.run_dir) / "dpo")
 
 
-def build_roles(sft_network, reward_model, s):
-    """SFT network, (backbone, head) -> roles. `reference` and `reward` are contexts that give a frozen network."""
-    backbone, reward_head = reward_model
-    roles = SimpleNamespace(reward_head=reward_head, critic=None, value_head=None)
+def build_roles(sft_network, reward_model, s):  # SFT network, (backbone, head) -> the four roles; RLOO has no critic
+    (backbone, reward_head), roles = reward_model, SimpleNamespace(critic=None, value_head=None)
     roles.policy, roles.reference = twin(sft_network, s, "policy")
-    roles.reward = lambda: contextlib.nullcontext(backbone)
-    if s.advantages == "gae":  # the critic starts as the reward model, head and all; RLOO has none
+    roles.reward, roles.reward_head = backbone, reward_head
+    if s.advantages == "gae":  # the critic starts as the reward model, head and all (N+ detail 22)
         roles.critic, roles.reward = twin(backbone, s, "critic")
         roles.value_head = copy.deepcopy(reward_head).requires_grad_(True)
     return roles
@@ -836,9 +766,8 @@ def train_drpo(s, stage="drpo"):
     rows = load_rows(s.preference_dataset, "reference", s.seed)[0] if s.reset_to == "chosen" else references  # D_TR
     tokenizer, network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
     roles = build_roles(network, load_reward(f"{s.run_dir}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
-    references = draw(references, min(256, len(references)), 0, s.seed, "check")
-    with roles.reward() as network:  # self-check: the reward model sees the references as in training
-        scores = per_row(functools.partial(end_scores, network, roles.reward_head), references, None, s, tokenizer)
+    score, references = functools.partial(end_scores, roles.reward, roles.reward_head), few(references, 256, s, "check")
+    scores = per_row(score, references, None, s, tokenizer)
     error = scores.std(correction=0).item() / math.sqrt(len(scores))
     tqdm.write(f"check: SFT references score {scores.mean():.2f} +- {error:.2f} (standard error); it should be 0")
     if not abs(scores.mean()) < 5 * error + (1e-4 if s.dtype == "float32" else 0.1):
@@ -858,25 +787,22 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     reset_len, has_eos = batch["reset_len"], batch["has_eos"]
     mask = token_mask(reset_len, batch["response_len"], T)
     laps.append(lap(s))
-
     # Line 5: reward and log-ratio of every step. Log-probabilities come from the training pass, not from the sampler
     with torch.no_grad():
         logprobs, ref_logprobs, entropy, values = of_steps = torch.zeros(4, B, T, device=s.device)
         scores = torch.zeros(B, device=s.device)
         for i, part in micro_batches(batch, s.micro_batch):
             logprobs[i], entropy[i] = response_logprobs(roles.policy, part, mask[i], s.temperature)
-            with roles.reference() as reference, roles.reward() as reward:
-                ref_logprobs[i], _ = response_logprobs(reference, part, mask[i], s.temperature)
-                scores[i] = end_scores(reward, roles.reward_head, part)
+            ref_logprobs[i], _ = response_logprobs(roles.reference, part, mask[i], s.temperature)
+            scores[i] = end_scores(roles.reward, roles.reward_head, part)
             if is_gae:
                 values[i] = response_values(roles.critic, roles.value_head, part, mask[i])
         summed(of_steps), summed(scores)
         kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (reset_len > 0).float().mean().item()
         if update == 0:  # self-checks; with the two flags a reset may be of no token
-            below, drift = (scores[has_eos] < s.missing_eos_score).float().mean(), kl.abs().max().item()
+            drift = kl.abs().max().item()
             tqdm.write(f"check: {reset_share:.2f} of the rollouts start from a reset; beta is {s.beta:g}")
             tqdm.write(f"check: before the first step |ln pi - ln pi_SFT| is at most {drift:.1e}; it should be 0")
-            tqdm.write(f"check: {below:.2f} of the ended responses score below --missing_eos_score {s.missing_eos_score:g}")
             spread = math.sqrt(s.beta * (1 - s.beta) / (B if is_gae else B // s.group))
             if not s.reset_include_prompt and s.reset_to != "sft" and abs(reset_share - s.beta) > 5 * spread + 1e-6:
                 stop(f"{where}: resets do not happen as often as beta says", 3)
@@ -891,7 +817,6 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
             raw_advantages = rloo_advantages(scores - s.kl_coef * kl.sum(1), s.group)[:, None].expand(B, T)
         advantages = masked_whiten(raw_advantages, mask)
     laps.append(lap(s))
-
     # Line 6: PPO, `epochs` steps on the whole batch
     seen = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores, "advantages": advantages}
     new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
@@ -910,7 +835,6 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
             stop(f"{where}: the policy differs from the one that was scored by {drift:.1e} nats before any step", 3)
         norm = step(optimizer, s, where, batch | seen)
     laps.append(lap(s))
-
     m = mask.expand(s.epochs, B, T)  # losses and ratios: means over the epochs
     pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, m, s.cliprange)
     log_rho = log_ratio(new_logprobs, logprobs, m)[m]
@@ -928,8 +852,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     return {name: float(value) for name, value in metrics.items()}
 
 
-def lap(s):
-    """-> seconds on the clock when all work is done, and the most GB that the GPU held since the last lap (0 on a CPU)."""
+def lap(s):  # -> the time when all work is done, and the most GB that the GPU held since the last lap (0 on a CPU)
     if not s.device.startswith("cuda"):
         return time.perf_counter(), 0.0
     torch.cuda.synchronize(s.device)
@@ -950,23 +873,17 @@ def per_row(function, rows, responses, s, tokenizer):
     return summed(out)
 
 
-def rouge(texts, rows, kind):
-    """ROUGE F1 with stemming, per text; None where most letters of the reference are not ASCII, which its tokenizer drops."""
+def rouge(texts, rows, kind):  # -> F1 of each text against its row's reference, with stemming
     scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=True)
-    references = [row["reference"] for row in rows]
-    known = [mean(letter.isascii() for letter in reference if letter.isalpha()) for reference in references]
-    scores = [scorer.score(reference, text)[kind].fmeasure for reference, text in zip(references, texts)]
-    return [score if share and share > 0.5 else None for score, share in zip(scores, known)]
+    return [scorer.score(row["reference"], text)[kind].fmeasure for row, text in zip(rows, texts)]
 
 
-def mean(values):
-    """The mean of those that are not None; None if there are none."""
+def mean(values):  # of those that are not None; None if there are none
     values = [float(value) for value in values if value is not None]
     return sum(values) / len(values) if values else None
 
 
-def wilson(wins, z=1.96):
-    """Wins (1, 0, ties 0.5, None undecided) -> the 95 % interval [low, high] of their share; None if there are none."""
+def wilson(wins, z=1.96):  # (1, 0, ties 0.5, None undecided) -> the 95 % interval [low, high] of their share, or None
     p, n = mean(wins), sum(win is not None for win in wins)
     if n == 0:
         return None
@@ -974,20 +891,17 @@ def wilson(wins, z=1.96):
     return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
 
 
-def find_judge(s):
-    """-> judge(prompts, a, b) -> [P(a is preferred), or None, ...], from lists of texts; or the folder of a reward model."""
+def find_judge(s):  # -> judge(prompts, a, b) -> [P(a is preferred) or None, ...], or the folder of a reward model
     if s.judge == "rm" or (s.judge.startswith("rm:") and Path(s.judge[3:], "rm", "config.json").exists()):
         return Path(s.judge[3:] or s.run_dir, "rm")
     with blame(f"--judge {s.judge}"):
-        judge = resolve(s.judge)
-    return judge or stop(f"--judge {s.judge}: must be rm, rm:RUN_DIR or module:function. API: python -m tools.judge")
+        return resolve(s.judge) or stop(f"--judge {s.judge}: is not rm, rm:RUN_DIR or module:function. API: tools/judge.py")
 
 
 def evaluate(s):
     """-> samples.jsonl and report.json: win rate against the references, RM score, KL, ROUGE, length, EOS rate."""
     run, tokenizer, judge = Path(s.run_dir), load_tokenizer(f"{s.run_dir}/sft", s), find_judge(s)
-    rows = load_rows(s.dataset, "reference", s.seed)[1]
-    rows = draw(rows, min(s.eval_samples, len(rows)), 0, s.seed, "eval")
+    rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
     sft, reward_model = load_network(f"{run}/sft", s), load_reward(run / "rm", s)
     judge_model = load_reward(judge, s) if isinstance(judge, Path) else None
     measure = functools.partial(per_row, rows=rows, s=s, tokenizer=tokenizer)
@@ -1021,27 +935,25 @@ def evaluate(s):
 
 
 def write_report(run, samples, settings, judge):
-    """Writes RUN/samples.jsonl and RUN/report.json, and prints a table; or has tools/report.py, if it is there, do so."""
+    """Writes RUN/samples.jsonl and RUN/report.json, and prints a table: that of tools/report.py if it is there."""
     results = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/result.json")}
-    report = {"methods": {}, "judge": judge, "prompts": len(samples), "settings": settings}
-    report["seconds"] = {stage: results[stage].pop("seconds") for stage in USES if stage in results}
-    lines = ["method  win rate vs reference     RM score  KL to SFT   ROUGE-L    tokens  EOS rate"]
+    seconds = {stage: results[stage].pop("seconds") for stage in USES if stage in results}
+    report = {"judge": judge, "prompts": len(samples), "settings": settings, "seconds": seconds, "methods": {}}
+    lines = ["method  win rate against the references"]
     for name in [name for name in USES if name in samples[0]]:
         columns = {key: [row[name][key] for row in samples] for key in samples[0][name] if key != "response"}
         of = report["methods"][name] = {key: mean(column) for key, column in columns.items()}
-        of["win_rate_ci95"] = wilson(columns["win_rate"])
-        figures = [of[key] for key in ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")]
-        figures[1:1] = of["win_rate_ci95"] or [None, None]
-        figures = [math.nan if figure is None else figure for figure in figures]
-        lines.append("{:6}  {:.3f} [{:.3f}, {:.3f}]  {:9.2f} {:10.2f} {:9.3f} {:9.1f} {:9.2f}".format(name, *figures))
+        of["win_rate_ci95"] = interval = wilson(columns["win_rate"])
+        verdicts = "{:.3f} [{:.3f}, {:.3f}]".format(of["win_rate"], *interval) if interval else "no verdicts"
+        shown = [f"{key} {of[key]:.3f}" for key in ("rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")]
+        lines.append(f"{name:7} {verdicts}   {'   '.join(shown)}")
     lines.append(f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {results['rm']['accuracy']:.3f}")
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     save_whole(report | {"sft": results["sft"], "rm": results["rm"]}, run / "report.json")
     print(draw_report(run) or "\n".join(lines))
 
 
-def draw_report(run):
-    """The figures and the table of tools/report.py, over several seeds report.json, too; None without tools/."""
+def draw_report(run):  # the figures and the table of tools/report.py, over several seeds report.json, too; None without tools/
     if Path(__file__).with_name("tools").joinpath("report.py").exists():
         return importlib.import_module("tools.report").write(run)
 
@@ -1055,14 +967,12 @@ def finished(s, stage):
     return Path(s.run_dir, stage, "result.json").exists()
 
 
-def inputs(stage, s):
-    """-> {name: value}: all that the result of a stage depends on. Stops where the stage was begun with something else."""
+def inputs(stage, s):  # -> {name: value}: all that the stage depends on; stops where it was begun with something else
     path, block, new = Path(s.run_dir, stage, "settings.json"), "", {}
     for name, value in vars(dataclasses.replace(s, beta=0.0) if stage == "ppo" else s).items():
         block = BLOCKS.get(name, block)
         new |= {name: value} if block in USES.get(stage, "").split() else {}
-    reads_pairs = stage in ("rm", "dpo", "eval") or (stage != "sft" and s.reset_to == "chosen")
-    for name, kind in [("dataset", "reference"), ("preference_dataset", "pairs")][: 1 + reads_pairs]:
+    for name, kind in [("dataset", "reference"), ("preference_dataset", "pairs")][: 1 if stage == "sft" else 2]:
         new[f"rows of {name}"] = hashlib.sha256(repr(load_rows(getattr(s, name), kind, s.seed)).encode()).hexdigest()[:16]
     for needed in [x for x in NEEDS[stage] if finished(s, x)]:  # its seconds tell one training from another
         new[needed] = json.loads(Path(s.run_dir, needed, "result.json").read_text())["seconds"]
@@ -1088,11 +998,11 @@ def preflight(stages, s):
         with blame(f"--judge {s.judge}"):
             (_,) = judge([row["prompt"]], [row["reference"]], [row["reference"]])  # as many verdicts as pairs
     if "rm" in stages and s.rm_model:
-        load(transformers.AutoConfig, s.rm_model, s)
+        with blame(f"--rm_model {s.rm_model}: cannot be loaded"):
+            transformers.AutoConfig.from_pretrained(s.rm_model)
 
 
-def run_stage(stage, s):
-    """A finished stage is kept, an interrupted one resumes from its checkpoint; both only with the same settings and inputs."""
+def run_stage(stage, s):  # a finished stage is kept, an interrupted one resumes; both only with the same inputs
     if stage == "eval":
         return evaluate(s)
     folder, new, began = Path(s.run_dir, stage), inputs(stage, s), time.perf_counter()
@@ -1105,8 +1015,7 @@ def run_stage(stage, s):
     dist.barrier() if world()[1] > 1 else None
 
 
-def parse(argv):
-    """-> (stage, Settings). What the command line does not give comes from the preset, and then from Settings."""
+def parse(argv):  # -> (stage, Settings); the command line goes before the preset, and that before the defaults
     parser = transformers.HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "eval", "all"], help="what to run")
     parser.error = stop
@@ -1128,26 +1037,17 @@ def main(argv=None):
     if "LOCAL_RANK" in os.environ:  # torchrun
         torch.cuda.set_device(s.device) if on_cuda else None
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
-    try:
-        for one in runs:
-            preflight(stages, one)
-        for one in runs:
-            with precision(one):
-                for name in stages:
-                    run_stage(name, one)
-        if "eval" in stages and s.seeds and world()[0] == 0:
-            print(draw_report(s.run_dir) or "")
-    except KeyboardInterrupt:
-        stop("interrupted; the same command resumes from the last checkpoint", 130)
-    except Exception as error:  # a full disk, as Python, torch or safetensors tell it
-        if not isinstance(error, OSError) and not re.search("No space left|writ", str(error)):
-            raise
-        stop(f"{s.run_dir}: {error}; what was saved before is whole, and the same command resumes from there", 3)
-    finally:
-        if world()[1] > 1:
-            dist.destroy_process_group()
+    for one in runs:
+        preflight(stages, one)
+    for one in runs:
+        with precision(one):
+            for name in stages:
+                run_stage(name, one)
+    if "eval" in stages and s.seeds and world()[0] == 0:
+        print(draw_report(s.run_dir) or "")
 
 
 if __name__ == "__main__":

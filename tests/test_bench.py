@@ -60,9 +60,8 @@ def test_networks_optimizer_gradients_planned_to_the_byte(lora_r, dtype):
     s = settings(lora_r=lora_r, dtype=dtype)
     roles, optimizer = bench.build(s, SMALL)
     loss(s, roles).backward()
-    with roles.reference() as reference, roles.reward() as reward:
-        modules = [roles.policy, roles.critic, roles.value_head, roles.reward_head, reference, reward]
-        parameters = [(name, p) for module in modules for name, p in module.named_parameters()]
+    modules = [roles.policy, roles.critic, roles.value_head, roles.reward_head, roles.reference, roles.reward]
+    parameters = [(name, p) for module in modules for name, p in module.named_parameters()]
     trained, planned = optimizer.param_groups[0]["params"], bench.plan(SMALL, s)
     assert held(p.grad for p in trained) == planned["gradients"]
     optimizer.step()

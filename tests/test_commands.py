@@ -31,7 +31,7 @@ def test_drpo_py_does_the_main_job_in_an_empty_folder(tiny_run):
         assert re.search(rf"^{name} +{figures['win_rate']:.3f} \[", out, re.M)
     assert set(report["seconds"]) == {"rm", *METHODS} and 0 < report["rm"]["accuracy"] < 1
     assert report["prompts"] == 24 == len((tiny_run / "samples.jsonl").read_text().splitlines())
-    assert out.count("check: ") == 8  # references, resets, ratio and scores, of PPO and of DR-PO
+    assert out.count("check: ") == 6  # references, resets and KL, of PPO and of DR-PO
 
 
 def imported(nodes):
@@ -55,9 +55,9 @@ def test_no_module_imports_another_in_a_circle():
     assert not imported(ast.walk(trees["toy_text"]))
 
 
-def test_drpo_py_stays_within_1140_lines():
+def test_drpo_py_stays_within_1000_lines():
     lines = (ROOT / "drpo.py").read_text().splitlines()
-    assert len(lines) <= 1140 and max(map(len, lines)) <= 128
+    assert len(lines) <= 1000 and max(map(len, lines)) <= 128
 
 
 def test_every_update_leaves_a_line_of_metrics(small_run):
@@ -154,7 +154,7 @@ BAD = {  # flags -> words of the one line
     "--judge rm:nowhere": ["--judge rm:nowhere"],
     "--judge test_commands:half_a_judge": ["--judge test_commands:half_a_judge"],
     "--model {shelf}/nosuchmodel": ["nosuchmodel"],
-    "--model {shelf}/adapter": ["adapter", "LoRA"],
+    "--model {shelf}/adapter": ["adapter"],
     "--model conftest:posts": ["conftest:posts"],
     "--tokenizer conftest:posts": ["conftest:posts"],
     "--rm_model {shelf}/nosuchmodel": ["nosuchmodel"],

@@ -121,7 +121,7 @@ def test_texts_stay_texts_in_files_of_every_make():
     rows = [{"prompt": f"p{i}", "reference": text} for i, text in enumerate(odd)]
     for name in ("plain.csv", "plain.jsonl"):
         Path(name.replace("plain", "bom")).write_bytes(b"\xef\xbb\xbf" + Path(write(name, rows)).read_bytes())
-    for name in ("plain.csv", "bom.csv", "bom.jsonl", write("data.json", {"version": 1, "data": rows})):
+    for name in ("plain.csv", "bom.csv", "bom.jsonl", write("data.json", rows)):
         parts = drpo.load_rows(name, "reference", 0)
         assert sorted([{x: row[x] for x in rows[0]} for row in sum(parts, [])], key=rows.index) == rows
 

@@ -135,11 +135,11 @@ def test_the_frozen_twin_stays_the_network_that_it_was(monkeypatch, lora_r, chec
     wanted = drpo.sequence_logprobs(tiny("llama"), BATCH).detach()
     network = loaded(monkeypatch, tiny("llama"), trained=not lora_r, checkpoint_activations=checkpointed)
     policy, reference = drpo.twin(network, dataclasses.replace(S, lora_r=lora_r), "policy")
-    with torch.no_grad(), reference() as network:
-        assert torch.equal(drpo.sequence_logprobs(network, BATCH), drpo.sequence_logprobs(policy, BATCH))  # KL is 0
+    with torch.no_grad():
+        assert torch.equal(drpo.sequence_logprobs(reference, BATCH), drpo.sequence_logprobs(policy, BATCH))  # KL is 0
     train_a_little(policy)
-    with torch.no_grad(), reference() as network:
-        assert torch.equal(drpo.sequence_logprobs(network, BATCH), wanted)
+    with torch.no_grad():
+        assert torch.equal(drpo.sequence_logprobs(reference, BATCH), wanted)
     assert (drpo.sequence_logprobs(policy, BATCH) - wanted).abs().min() > 0.1  # and the adapter is on again
 
 
@@ -207,11 +207,11 @@ def test_a_reward_model_gives_its_scores_with_transformers_alone(small_run):
     assert scores.std() > 0.1 and scores.mean().item() == pytest.approx(0.0, abs=1e-5)  # references score 0 on average
 
 
-def test_a_reward_model_may_start_from_another_network(monkeypatch, small_run, tmp_path):
+def test_a_reward_model_may_start_from_another_network(small_run, tmp_path):
     shutil.copytree(small_run / "sft", tmp_path / "sft")
     start = tiny("llama", vocab_size=len(conftest.WORDS), eos_token_id=0)
-    monkeypatch.setattr(conftest, "network", lambda: copy.deepcopy(start))
-    changes = ["--rm_model", "conftest:network", "--rm_lr", "1e-6", "--run_dir", str(tmp_path)]
+    start.save_pretrained(tmp_path / "start")
+    changes = ["--rm_model", str(tmp_path / "start"), "--rm_lr", "1e-6", "--run_dir", str(tmp_path)]
     drpo.main(["rm", *conftest.SMALL, *changes])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     assert model.config.model_type == "llama" and model.score.weight.shape == (1, 32)
@@ -236,11 +236,9 @@ def test_a_model_that_cannot_be_used_is_refused_when_loaded(monkeypatch, capsys,
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}
-FACTORS = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
-LONGROPE = {"rope_parameters": FACTORS, "max_position_embeddings": 256, "original_max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize("kind, changes", {"llama": DYNAMIC, "phi3": LONGROPE, "gpt2": {}}.items())
+@pytest.mark.parametrize("kind, changes", {"llama": DYNAMIC, "gpt2": {}}.items())
 def test_a_model_without_room_for_the_rows_is_refused(monkeypatch, tmp_path, one_line, kind, changes):
     monkeypatch.setattr(conftest, "network", lambda: tiny(kind, **changes))
     argv = ["sft", *conftest.SMALL, "--sft_steps", "1", "--query_length", "40"]

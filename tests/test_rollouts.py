@@ -136,7 +136,7 @@ def resets(update=0, policy=None, reference=None, rows=None, tokenizer=None, **c
     """-> one batch of reset_rollouts on the corpus of conftest.py."""
     changes = {"reset_to": "reference", "batch_size": 64} | changes
     s = dataclasses.replace(drpo.parse(["drpo", *conftest.SMALL])[1], **changes)
-    roles = SimpleNamespace(policy=policy or conftest.network(), reference=lambda: drpo.contextlib.nullcontext(reference))
+    roles = SimpleNamespace(policy=policy or conftest.network(), reference=reference)
     return drpo.reset_rollouts(roles, rows or conftest.posts(), update, tokenizer or conftest.tokenizer(), s)
 
 

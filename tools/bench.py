@@ -569,10 +569,8 @@ def official_update(roles, optimizer, rows, update, tokenizer, s):
         for at in chunks:
             logprobs[at], _ = official_logprobs(policy, ids[at], mask[at], T, s.temperature)
             values[at] = head_on(roles.value_head, critic, at)[:, :-1]
-            with roles.reference() as network:
-                ref_logprobs[at], _ = official_logprobs(network, ids[at], mask[at], T, s.temperature)
-            with roles.reward() as network:
-                scores[at] = head_on(roles.reward_head, network, at)[:, 1:].gather(1, end[at, None])[:, 0]
+            ref_logprobs[at], _ = official_logprobs(roles.reference, ids[at], mask[at], T, s.temperature)
+            scores[at] = head_on(roles.reward_head, roles.reward, at)[:, 1:].gather(1, end[at, None])[:, 0]
         rewards = -s.kl_coef * (logprobs - ref_logprobs)
         rewards[torch.arange(B), end] += torch.where(is_eos.any(1), scores, s.missing_eos_score)
         rewards = drpo.masked_whiten(rewards, everything, shift_mean=False)

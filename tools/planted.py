@@ -8,7 +8,6 @@ self-check that failed, or null: drpo.py ends such a run with status 3. Here it 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import tempfile
@@ -26,7 +25,7 @@ from tools import report, show
 def trained_reference(network, s, role):
     """`twin`, but the reference is the policy itself. Critic and reward model are as they should be."""
     trained, frozen = twin(network, s, role)
-    return trained, (lambda: contextlib.nullcontext(trained)) if role == "policy" else frozen
+    return trained, trained if role == "policy" else frozen
 
 
 def score_at_padding(backbone, head, batch):

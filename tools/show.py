@@ -90,10 +90,8 @@ def first_batch(s):
     scores = torch.zeros(len(mask), device=s.device)
     for index, part in drpo.micro_batches(batch, s.micro_batch):
         logprobs[index], _ = drpo.response_logprobs(roles.policy, part, mask[index], s.temperature)
-        with roles.reference() as network:
-            ref_logprobs[index], _ = drpo.response_logprobs(network, part, mask[index], s.temperature)
-        with roles.reward() as network:
-            scores[index] = drpo.end_scores(network, roles.reward_head, part)
+        ref_logprobs[index], _ = drpo.response_logprobs(roles.reference, part, mask[index], s.temperature)
+        scores[index] = drpo.end_scores(roles.reward, roles.reward_head, part)
         if is_gae:
             values[index] = drpo.response_values(roles.critic, roles.value_head, part, mask[index])
     scores = torch.where(batch["has_eos"], scores, s.missing_eos_score)
