@@ -1,8 +1,7 @@
 """DR-PO (Dataset Reset Policy Optimization for RLHF, Chang et al. 2024, arXiv 2404.08495) in one file that runs alone.
 
 PPO starts every rollout at the prompt. DR-PO starts a share `beta` of them at the prompt plus a random prefix of a response
-that a person wrote: a state that the offline data covers. The policy finishes the response and learns only from its own tokens.
-Nothing else differs: `ppo` is `drpo` with beta = 0.
+that a person wrote. The policy finishes it and learns only from its own tokens. `ppo` is `drpo` with beta = 0.
 
     python drpo.py                       all stages on a toy corpus, on a laptop CPU, in minutes
     python drpo.py all --preset tldr     the paper's TL;DR run: Pythia-2.8B, LoRA, one GPU
@@ -36,7 +35,6 @@ The main differences from the paper (P) and the official code (C); docs/paper.md
     5  Losses are means over all masked tokens of the batch. C averages means of micro-batches. The critic's head is trained.
 """
 
-import atexit
 import contextlib
 import copy
 import csv
@@ -80,7 +78,7 @@ class Settings:
     preset: Literal["tiny", "tldr", "hh", "cnndm"] = HfArg(default="tiny", help="a set of defaults")
     run_dir: str = HfArg(default="", help="output folder; empty: runs/PRESET")
     seeds: list[int] = HfArg(default_factory=list, help="run once per seed, in RUN_DIR/seed_K, and tabulate mean and range")
-    device: str = HfArg(default="auto", help="cpu, cuda, cuda:1, ...; auto: cuda if there is one")
+    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     micro_batch: int = HfArg(default=8, help="rows per forward pass (8 times as many in rollouts); memory and speed only")
     checkpoint_activations: bool = HfArg(default=False, help="recompute layers in the backward pass: less memory, slower")
     compile: bool = HfArg(default=False, help="torch.compile of the layers: minutes at the start, then faster on a GPU")
@@ -132,8 +130,6 @@ class Settings:
 
     def __post_init__(self):
         self.run_dir = self.run_dir or f"runs/{self.preset}" + "_seeds" * bool(self.seeds)
-        if self.device == "auto":
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         least = dict.fromkeys("seed sft_steps rm_steps updates lora_r supervised_lora_r".split(), 0)
         least |= {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6, "response_length": 2, "group": 2}
         most = dict.fromkeys("beta lam gamma cliprange lr sft_lr rm_lr dpo_lr".split(), 1)
@@ -161,8 +157,7 @@ PRESETS = {
 
 
 def stop(message, status=2):  # one line on stderr; status 2: the caller can fix it, 3: this run must not continue
-    line = " ".join(str(message).split())
-    tqdm.write(f"drpo.py: {line if len(line) < 280 else line[:140] + ' ... ' + line[-130:]}", file=sys.stderr)
+    tqdm.write(f"drpo.py: {' '.join(str(message).split())[:290]}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -190,8 +185,7 @@ def summed(x):  # the tensor x, summed over all processes in place: each continu
 
 
 # ---- 2. Data: rows {prompt, reference} for SFT and RL, {prompt, chosen, rejected, batch} for the reward model and DPO --------
-def resolve(name, **offered):
-    """`module:function` -> the function, with those of the offered arguments bound that it takes. None for any other name."""
+def resolve(name, **offered):  # `module:function` -> the function with those of the offered arguments that it takes, else None
     module, _, function = name.partition(":")
     if Path(name).exists() or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
         return None
@@ -217,38 +211,32 @@ def read_row(row):  # of any known layout, told by its columns -> texts prompt, 
     return {"prompt": prompt, "reference": reference, "chosen": a, "rejected": b, "batch": row.get("batch")}
 
 
-def read_source(source, seed):  # -> {split: rows as they stand}, or the rows of the only split
+def read_source(source, seed):  # -> {split: rows as they stand}; a file of json, jsonl or csv is the split "train"
     path, kind = Path(source), source.removesuffix(".gz").rpartition(".")[2]
     if resolve(source):
         return {split: resolve(source, split=split, seed=seed)() for split in ("train", "validation")}
     if path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
         with (gzip.open if source.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             read = {"json": json.load, "csv": csv.DictReader, "jsonl": lambda file: [json.loads(x) for x in file if x.strip()]}
-            return list(read[kind](file))
-    datasets = importlib.import_module("datasets")
+            return {"train": list(read[kind](file))}
+    datasets = importlib.import_module("datasets")  # late, as peft and rouge_score: slow to import
     datasets.logging.set_verbosity(50)  # what goes wrong is said once, in one line
     if path.is_file():
         return datasets.load_dataset(kind, data_files=source)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # what save_to_disk wrote
-        return datasets.load_from_disk(source)
     return datasets.load_dataset(*[source] if path.exists() else source.split(":"))
 
 
 @functools.lru_cache
 def load_rows(source, kind, seed):
-    """-> (training rows, held-out rows), texts prompt and reference (kind "reference"; of pairs, the chosen response), or
-    prompt, chosen, rejected and batch ("pairs"). Rows that teach nothing (a text is empty, chosen = rejected) are dropped.
-    Where there is one split, a tenth of the prompts is held out, drawn by the seed."""
+    """-> (training rows, held-out rows). Of a single split a tenth of the prompts is held out. Kind: "reference" or "pairs"."""
     fields, result = ["prompt", "reference"] if kind == "reference" else ["prompt", "chosen", "rejected"], []
     with blame(f"{source}: cannot be read"):
         splits = read_source(source, seed)
-        splits = splits if isinstance(splits, dict) else {"train": splits}
         found = [name for name in ("validation", "valid", "test", "valid1") if name in splits]
         parts = [[read_row(row) for row in splits[name]] for name in ["train", *found[:1]]]
     for number, row, name in ((i, row, name) for rows in parts for i, row in enumerate(rows) for name in fields):
         if not isinstance(row[name], str) or re.search("[\ud800-\udfff]", row[name]):
-            text = f"{row[name]!a:.40}" + " (write messages out as text)" * any(isinstance(x, list) for x in row.values())
-            stop(f"{source}: row {number}: {name} must be text, not {text}; a row needs {', '.join(fields)}")
+            stop(f"{source}: row {number}: {name} must be text, not {row[name]!a:.40}; a row needs {', '.join(fields)}")
     if not found:
         prompts = sorted({row["prompt"] for row in parts[0]})
         out = set(draw(prompts or [""], max(1, len(prompts) // 10), 0, seed, "held out"))
@@ -263,18 +251,16 @@ def load_rows(source, kind, seed):
 
 
 def encode_query(prompt, tokenizer, length):
-    """-> at most `length` ids. A post or article that is too long loses its last line, or characters, until it fits (OpenAI's
-    rule): title and "TL;DR:" stay. Other prompts lose their beginning, but for a BOS. An EOS that the tokenizer adds goes."""
+    """-> at most `length` ids. A post loses its last lines until it fits (OpenAI's rule), other prompts their beginning."""
     match = re.fullmatch(r"(.*?\n+POST:|Article:)(.*?)(\n+TL;DR:)", prompt, re.S)
     head, post, tail = match.groups() if match else (prompt, "", "")
     while True:
         ids = tokenizer(head + post + tail)["input_ids"]
         ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-        if len(ids) <= length or not post:
+        if len(ids) <= length or not post:  # a BOS stays
             bos = ids[:1] if len(ids) > length and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
             return bos + ids[max(0, len(ids) - length + len(bos)) :]
-        cut = post.rfind("\n")  # if there is none, characters go, each of which is at most four tokens, its bytes
-        post = post[: cut if cut >= 0 else -max(1, (len(ids) - length) // 4)]
+        post = post[: post.rfind("\n") if "\n" in post else -max(1, (len(ids) - length) // 4)]  # a character is 1 to 4 tokens
 
 
 def encode_response(text, tokenizer, length):  # -> ids of " " + text + EOS; where it is cut, the EOS is lost, as in C
@@ -301,8 +287,7 @@ def whole(batch):  # each row as a response to its first token: SFT is trained o
     return batch | {"response": batch["ids"][:, 1:], "query_len": torch.ones_like(length), "response_len": length}
 
 
-def micro_batches(batch, size, pairs=False):
-    """Yields (indices, part of the batch), longest rows first: little padding. Pairs: index i stands for rows i and i + B/2."""
+def micro_batches(batch, size, pairs=False):  # yields (indices, part), longest rows first; pairs: i means rows i and i + B/2
     lengths, (rank, processes) = batch["query_len"] + batch["response_len"], world()
     longest, size = (torch.max(*lengths.chunk(2)), max(1, size // 2)) if pairs else (lengths, size)
     for index in longest.argsort(descending=True, stable=True).split(size)[rank::processes]:
@@ -323,8 +308,7 @@ def few(rows, size, s, stream):  # at most `size` of the rows, drawn by the seed
 # ---- 3. Models ---------------------------------------------------------------------------------------------------------------
 # Four roles from two frozen networks:      policy = SFT network + LoRA           reference = adapter off
 #                                            critic = RM network + LoRA + head     reward    = adapter off, own head
-# With lora_r = 0 all weights are trained and the frozen twin is a copy. Networks stay in eval mode: with dropout two passes
-# over the same tokens would differ, and the ratio of the first epoch would not be 1.
+# With lora_r = 0 all weights are trained, and frozen twins are copies. No train mode: dropout would move the first ratio off 1.
 def load(loader, name, s, **kwargs):  # from a Hub name, a folder or a module:function; a model's own code is never run
     with blame(f"{name}: cannot be loaded"):
         function = resolve(name, seed=s.seed)
@@ -333,19 +317,19 @@ def load(loader, name, s, **kwargs):  # from a Hub name, a folder or a module:fu
 
 def load_tokenizer(name, s):
     tokenizer = load(transformers.AutoTokenizer, name, s)
-    is_one = getattr(tokenizer, "eos_token_id", None) is not None
-    return tokenizer if is_one else stop(f"--tokenizer {name}: is no tokenizer, or has no end-of-text token")
+    has_eos = getattr(tokenizer, "eos_token_id", None) is not None
+    return tokenizer if has_eos else stop(f"--tokenizer {name}: is no tokenizer, or has no end-of-text token")
 
 
 def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  # in eval mode, on the device
     dtype = torch.float32 if trained else getattr(torch, s.dtype)
-    network = load(cls, name, s, dtype=dtype, **kwargs)
     with torch.no_grad(), blame(f"--model {name}: cannot be used"):
-        network = network.to(s.device, dtype).eval()
+        network = load(cls, name, s, dtype=dtype, **kwargs).to(s.device, dtype).eval()
         if cls is AutoModelForCausalLM:  # left padding and a cache, as in rollouts, must give the logits of a plain pass
             (body, head), ids = body_and_head(network), torch.arange(4, device=s.device)[None]
             plain, cache = network(ids[:, 1:]).logits[:, -1].float(), transformers.DynamicCache(config=body.config)
             next_states(body, ids[:, :3], ids[:, :3] > 0, cache)
+            cache.batch_select_indices(torch.tensor([0], device=s.device))  # as when rows leave
             logits = logits_of(head, next_states(body, ids[:, 3:], ids > 0, cache), 1.0)
             if not (logits - plain).norm() < (1e-3 if s.dtype == "float32" else 5e-2) * plain.norm():
                 raise ValueError("left padding, or more than a linear head, changes its logits")
@@ -357,9 +341,8 @@ def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  #
     return network
 
 
-def add_lora(network, r, seed, role):
-    """LoRA, float32, on what peft chooses (query_key_value in Pythia, as in C), or on all linear layers. At first it adds 0."""
-    peft = importlib.import_module("peft")  # late, as datasets and rouge_score: slow to import
+def add_lora(network, r, seed, role):  # on what peft chooses (query_key_value in Pythia, as in C), or all linear layers
+    peft = importlib.import_module("peft")
     known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     targets = None if network.config.model_type in known else "all-linear"
     with torch.random.fork_rng(devices=[]):
@@ -369,10 +352,8 @@ def add_lora(network, r, seed, role):
 
 def twin(network, s, role):  # -> the network as it will be trained, and frozen as it is now; with LoRA they share weights
     shared = {id(p): p for p in network.parameters()} if s.lora_r else {}
-    frozen = copy.deepcopy(network, shared).requires_grad_(False)
-    for layer in frozen.modules() if s.compile else []:  # a copy is not compiled
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=True)
+    frozen = copy.deepcopy(network, shared).requires_grad_(False)  # a copy is not compiled
+    frozen.apply(lambda x: x.compile(dynamic=True) if s.compile and isinstance(x, GradientCheckpointingLayer) else None)
     return add_lora(network, s.lora_r, s.seed, role) if s.lora_r else network, frozen
 
 
@@ -439,16 +420,14 @@ def end_scores(backbone, head, batch):  # -> (B,): the head on the state at the 
 
 
 # ---- 4. The mathematics: pure functions --------------------------------------------------------------------------------------
-# Per-token tensors are (B, T) float32 over response positions; `mask` (B, T) is 1 on the tokens that the policy sampled, EOS
-# included. What is outside it, even NaN, never matters.
+# Tensors are (B, T) float32 over response positions; mask is 1 on sampled tokens, EOS included. The rest, even NaN, is ignored.
 def bradley_terry_loss(chosen_scores, rejected_scores):
     """Eq. (1) under Bradley-Terry-Luce: mean of -log sigma(r(winner) - r(loser)). (B,), (B,) -> scalar."""
     return -F.logsigmoid(chosen_scores - rejected_scores).mean()
 
 
 def sample_reset_lengths(reference_lengths, beta, generator, include_zero=False):
-    """Alg. 1, line 3: how many tokens of its reference each rollout starts with. (B,) long -> (B,) long. With probability beta
-    uniform on 1..n, n the reference's length without EOS (RollinProcessor in C; `include_zero`: 0..n, Alg. 3), otherwise 0."""
+    """Alg. 1, line 3: with probability beta uniform on 1..n (include_zero: 0..n, Alg. 3), else 0. (B,) long -> (B,) long."""
     n, low = reference_lengths.cpu(), 0 if include_zero else 1
     is_reset = torch.rand(len(n), generator=generator) < beta
     lengths = low + (torch.rand(len(n), generator=generator, dtype=torch.float64) * (n + 1 - low)).long()
@@ -487,8 +466,7 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def rloo_advantages(returns, group):
-    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740): each return minus the mean of the group - 1 others from
-    the same state, which are neighbours. (B,) -> (B,)."""
+    """RLOO (arXiv 2402.14740): return minus the mean of the group - 1 others from the same state, neighbours. (B,) -> (B,)."""
     grouped = returns.view(-1, group)
     return ((grouped - grouped.mean(1, keepdim=True)) * group / (group - 1)).view(-1)
 
@@ -536,9 +514,8 @@ def next_states(body, tokens, mask, cache):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # the cache grows: each step would be compiled anew
 def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
-    """Alg. 1, line 4: reset to query + prefix, both lists of B lists of ids, and let the policy finish -> B lists of at most T
-    ids, prefix included. The prefix is fed with the query, so only the rest is decoded. Token t of row i is the inverse of the
-    policy's cumulative distribution at uniforms[i, t] in [0, 1), (B, T): the same whichever rows are decoded beside it."""
+    """Alg. 1, line 4: reset to query + prefix, lists of ids, and let the policy finish -> responses of at most T ids, prefix
+    included. Token t of row i is the inverse CDF at uniforms[i, t], (B, T): the same whichever rows are decoded beside it."""
     (body, head), T, (rank, processes), responses = body_and_head(policy), uniforms.shape[1], world(), list(map(list, prefixes))
     mine = sorted(range(len(queries)), key=lambda i: -len(prefixes[i]))[rank::processes]
     for first in range(0, len(mine), 8 * s.micro_batch):
@@ -561,13 +538,12 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
             rows, mask = [rows[k] for k in left], F.pad(mask, (0, 1), value=True)
     if processes > 1:
         parts = [None] * processes
-        dist.all_gather_object(parts, {i: responses[i] for i in mine})
-        responses = [ids for _, ids in sorted(item for part in parts for item in part.items())]
+        dist.all_gather_object(parts, responses)
+        responses = [max(versions, key=len) for versions in zip(*parts)]  # the process that decoded a row has the longest
     return responses
 
 
-def reset_rollouts(roles, rows, update, tokenizer, s):
-    """Alg. 1, lines 3 and 4: an update's rollouts, drawn by seed and update number -> a batch, with reset_len, has_eos (B,)."""
+def reset_rollouts(roles, rows, update, tokenizer, s):  # Alg. 1, lines 3 and 4 -> a batch with reset_len, has_eos (B,)
     K, T, rng = s.group if s.advantages == "rloo" else 1, s.response_length, generator(s.seed, "rollout", update)
     rows, eos = draw(rows, s.batch_size // K, update, s.seed, "rl"), tokenizer.eos_token_id
     references = [encode_response(row["reference"], tokenizer, T) for row in rows]
@@ -580,8 +556,8 @@ def reset_rollouts(roles, rows, update, tokenizer, s):
     uniforms = torch.rand(len(queries), T, generator=rng)
     responses = rollout(roles.policy, queries, prefixes, uniforms, tokenizer, s, s.temperature)
     has_eos = torch.tensor([ids[-1] == eos for ids in responses], device=s.device)
-    reset_len = reset_len.repeat_interleave(K).to(s.device)
-    return collate(queries, responses, T, s.device) | {"reset_len": reset_len, "has_eos": has_eos}
+    batch = collate(queries, responses, T, s.device)
+    return batch | {"reset_len": reset_len.repeat_interleave(K).to(s.device), "has_eos": has_eos}
 
 
 def sample(network, rows, s, tokenizer, temperature, key=("evaluation",)):  # -> ids, from the bare prompt
@@ -595,23 +571,16 @@ def precision(s):  # matrix products are in s.dtype; log-softmax, losses, values
     return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
 
 
-def make_optimizer(modules, lr):
-    params = [p for p in modules.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)  # as C
-
-
 def training(stage, updates, lr, modules, s):
-    """Yields (update, optimizer, metrics) for each update still to do; what the body puts into `metrics` is logged.
-    The learning rate falls linearly from lr to lr / updates. A checkpoint is trained weights, optimizer state and a number: all
-    draws depend on seed and update number, so resuming is exact to the bit on a CPU. Signals let the update end and save it."""
+    """Yields (update, optimizer, metrics) for each update still to do. Draws depend on seed and update: resuming is exact."""
     params, asked = {name: p for name, p in modules.named_parameters() if p.requires_grad}, []
-    optimizer, folder, done, is_first = make_optimizer(modules, lr), Path(s.run_dir) / stage, 0, world()[0] == 0
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)  # as C
+    folder, done, is_first = Path(s.run_dir) / stage, 0, world()[0] == 0
     checkpoint, log = folder / "checkpoint.pt", folder / "metrics.jsonl" if is_first else Path(os.devnull)
     if checkpoint.exists():
         with blame(f"{checkpoint}: cannot be read; delete it to train {stage} from the start"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            for name, p in params.items():
-                p.data.copy_(saved["params"][name])
+            modules.load_state_dict(saved["params"], strict=False)
             optimizer.load_state_dict(saved["optimizer"])
             done = saved["update"]
         print(f"{stage}: resumes after update {done}")
@@ -647,8 +616,7 @@ def save_whole(value, path):  # written beside, flushed, renamed: whenever the p
 
 
 def step(optimizer, s, where, batch):
-    """One optimizer step on the summed gradients -> their norm. Where that is not finite, as after a loss that is not, the run
-    stops before the weights move and keeps `batch`, a dict of tensors. `where` is "STAGE update N"."""
+    """One optimizer step on the summed gradients -> their norm. A norm that is not finite stops the run and keeps `batch`."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params if world()[1] > 1 else []:
         p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -664,8 +632,7 @@ def step(optimizer, s, where, batch):
 
 
 # ---- 7. The stages -----------------------------------------------------------------------------------------------------------
-def fit(stage, modules, loss_of, s, tokenizer):
-    """SFT, reward model, DPO: the mean, over tokens or over pairs, of loss_of(batch) -> [loss] or [loss, accuracy]."""
+def fit(stage, modules, loss_of, s, tokenizer):  # SFT, reward model, DPO; loss_of(batch) -> [loss] or [loss, accuracy]
     source, kind, fields, T = s.preference_dataset, "pairs", ["chosen", "rejected"], s.preference_length
     if stage == "sft":
         source, kind, fields, T = s.dataset, "reference", ["reference"], s.response_length
@@ -686,13 +653,12 @@ def fit(stage, modules, loss_of, s, tokenizer):
 def train_sft(s):  # supervised fine-tuning: cross-entropy over query and response, as in C's sft.py
     tokenizer, network = load_tokenizer(s.tokenizer or s.model, s), load_network(s.model, s, trained=not s.supervised_lora_r)
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
-    if longest > (room := getattr(config, "max_position_embeddings", math.inf)):
-        stop(f"--model {s.model}: has room for {room} tokens, rows may have {longest}")
-    if len(tokenizer) > config.vocab_size:
-        stop(f"--tokenizer has {len(tokenizer)} tokens, --model {s.model} embeds {config.vocab_size}")
+    room, vocabulary = getattr(config, "max_position_embeddings", math.inf), config.vocab_size
+    if longest > room or len(tokenizer) > vocabulary:
+        stop(f"--model {s.model}: room for {room} of {longest} positions, {vocabulary} of {len(tokenizer)} --tokenizer tokens")
     with blame(f"--model {s.model}: cannot be a reward model"), torch.device("meta"):  # tried early
         AutoModelForSequenceClassification.from_config(config)
-    if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < config.vocab_size:
+    if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < vocabulary:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
     network.config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
     network.generation_config = transformers.GenerationConfig.from_model_config(network.config)
@@ -706,8 +672,7 @@ def train_sft(s):  # supervised fine-tuning: cross-entropy over query and respon
     return {"held_out_loss": (losses.sum() / counts.sum()).item(), "rouge_l": mean(rouge(texts, rows, "rougeL"))}
 
 
-def train_rm(s):
-    """Alg. 1, line 1. The reward model: the SFT network with a scalar head read at the last token, fitted by Eq. (1)."""
+def train_rm(s):  # Alg. 1, line 1: the SFT network with a scalar head read at the last token, fitted by Eq. (1)
     tokenizer, start = load_tokenizer(f"{s.run_dir}/sft", s), s.rm_model or f"{s.run_dir}/sft"
     model = load_network(start, s, AutoModelForSequenceClassification, not s.supervised_lora_r, num_labels=1)
     weight = torch.randn(model.score.weight.shape, generator=generator(s.seed, "rm head"))
@@ -723,18 +688,18 @@ def train_rm(s):
     fit("rm", {"reward": backbone, "head": head}, loss_of, s, tokenizer)
     backbone = backbone.merge_and_unload() if s.supervised_lora_r else backbone
     model.score.weight.data.copy_(head.weight)
-    score = functools.partial(end_scores, backbone, head)
-    references = few(load_rows(s.dataset, "reference", s.seed)[0], 2048, s, "bias")
-    model.config.reward_bias = per_row(score, references, None, s, tokenizer).mean().item()  # N+ detail 15: they score 0
+    score, references = functools.partial(end_scores, backbone, head), load_rows(s.dataset, "reference", s.seed)[0]
+    scores = per_row(score, few(references, 2048, s, "bias"), None, s, tokenizer)
+    model.config.reward_bias = scores.mean().item()  # N+ detail 15: references score 0 on average
     model.config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     save_network(model, tokenizer, Path(s.run_dir) / "rm")
     pairs, by_batch = few(load_rows(s.preference_dataset, "pairs", s.seed)[1], 2000, s, "rm held out"), {}
     responses = [encode_response(pair[x], tokenizer, s.preference_length) for x in ("chosen", "rejected") for pair in pairs]
-    chosen, rejected = per_row(score, pairs * 2, responses, s, tokenizer).chunk(2)
-    for hit, pair in zip((chosen > rejected).tolist(), pairs):  # N+ detail 16: accuracy differs by labelling batch
+    hits = torch.gt(*per_row(score, pairs * 2, responses, s, tokenizer).chunk(2)).tolist()
+    for hit, pair in zip(hits, pairs):  # N+ detail 16: accuracy differs by labelling batch
         by_batch.setdefault(pair["batch"] or "all", []).append(hit)
-    figures = {"accuracy_by_batch": {k: {"accuracy": mean(hits), "pairs": len(hits)} for k, hits in by_batch.items()}}
-    return figures | {"accuracy": mean(chosen > rejected), "accuracy_ci95": wilson(chosen > rejected), "pairs": len(pairs)}
+    by_batch = {name: {"accuracy": mean(of_batch), "pairs": len(of_batch)} for name, of_batch in by_batch.items()}
+    return {"accuracy": mean(hits), "accuracy_ci95": wilson(hits), "pairs": len(hits), "accuracy_by_batch": by_batch}
 
 
 def train_dpo(s):  # direct preference optimization, from the SFT network, on the pairs of the reward model
@@ -760,8 +725,7 @@ def build_roles(sft_network, reward_model, s):  # SFT network, (backbone, head) 
     return roles
 
 
-def train_drpo(s, stage="drpo"):
-    """Algorithm 1 with PPO as its policy optimizer. PPO itself is this function at beta = 0."""
+def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer; PPO itself is this function at beta = 0
     s, references = dataclasses.replace(s, beta=0.0) if stage == "ppo" else s, load_rows(s.dataset, "reference", s.seed)[0]
     rows = load_rows(s.preference_dataset, "reference", s.seed)[0] if s.reset_to == "chosen" else references  # D_TR
     tokenizer, network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
@@ -778,14 +742,12 @@ def train_drpo(s, stage="drpo"):
     save_network(roles.policy, tokenizer, Path(s.run_dir) / stage)
 
 
-def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
-    """Alg. 1, lines 3 to 6: one batch of rollouts from resets, and the PPO steps on it -> metrics, all floats."""
+def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1, lines 3 to 6 -> metrics, all floats
     B, T, is_gae, laps = s.batch_size, s.response_length, s.advantages == "gae", [lap(s)]
     tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats that rounding may cost, and a mistake exceeds
     # Lines 3 and 4: reset to the prompt and, with probability beta, a prefix of the data's response; roll out
     batch = reset_rollouts(roles, rows, update, tokenizer, s)
-    reset_len, has_eos = batch["reset_len"], batch["has_eos"]
-    mask = token_mask(reset_len, batch["response_len"], T)
+    has_eos, mask = batch["has_eos"], token_mask(batch["reset_len"], batch["response_len"], T)
     laps.append(lap(s))
     # Line 5: reward and log-ratio of every step. Log-probabilities come from the training pass, not from the sampler
     with torch.no_grad():
@@ -798,7 +760,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
             if is_gae:
                 values[i] = response_values(roles.critic, roles.value_head, part, mask[i])
         summed(of_steps), summed(scores)
-        kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (reset_len > 0).float().mean().item()
+        kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (batch["reset_len"] > 0).float().mean().item()
         if update == 0:  # self-checks; with the two flags a reset may be of no token
             drift = kl.abs().max().item()
             tqdm.write(f"check: {reset_share:.2f} of the rollouts start from a reset; beta is {s.beta:g}")
@@ -837,12 +799,11 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):
     laps.append(lap(s))
     m = mask.expand(s.epochs, B, T)  # losses and ratios: means over the epochs
     pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, m, s.cliprange)
-    log_rho = log_ratio(new_logprobs, logprobs, m)[m]
-    approx_kl = (log_rho.exp() - 1 - log_rho).mean()  # Schulman's k3
-    metrics = {"score": scores.mean(), "kl": kl.sum(1).mean(), "entropy": masked_mean(entropy, mask), "approx_kl": approx_kl}
-    metrics |= {"loss": pg_loss, "pg_loss": pg_loss, "clipfrac": clipfrac, "ratio": log_rho.exp().mean(), "grad_norm": norm}
+    rho = log_ratio(new_logprobs, logprobs, m)[m].exp()
+    metrics = {"score": scores.mean(), "kl": kl.sum(1).mean(), "entropy": masked_mean(entropy, mask), "grad_norm": norm}
+    metrics |= {"loss": pg_loss, "pg_loss": pg_loss, "clipfrac": clipfrac, "reset_share": reset_share}
+    metrics |= {"ratio": rho.mean(), "approx_kl": (rho - 1 - rho.log()).mean(), "tokens_decoded": mask.sum()}  # Schulman's k3
     metrics |= {"response_tokens": batch["response_len"].float().mean(), "eos_rate": has_eos.float().mean()}
-    metrics |= {"reset_share": reset_share, "tokens_decoded": mask.sum()}
     if is_gae:
         vf_loss, vf_clipfrac = ppo_value_loss(summed(new_values), values, returns, m, s.cliprange_value)
         metrics |= {"vf_loss": vf_loss, "vf_clipfrac": vf_clipfrac, "loss": pg_loss + s.vf_coef * vf_loss}
@@ -863,8 +824,7 @@ def lap(s):  # -> the time when all work is done, and the most GB that the GPU h
 
 # ---- 8. Evaluation: every finished method on the same held-out prompts -------------------------------------------------------
 @torch.no_grad()
-def per_row(function, rows, responses, s, tokenizer):
-    """function(batch) -> (B,), over all rows with these responses (lists of ids; None: references) -> (rows,), on the CPU."""
+def per_row(function, rows, responses, s, tokenizer):  # function(batch) -> (B,), over all rows (responses None: references)
     responses = responses or [encode_response(row["reference"], tokenizer, s.response_length) for row in rows]
     queries, out = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows], torch.zeros(len(rows))
     batch = collate(queries, responses, max(s.response_length, s.preference_length), s.device)
@@ -898,16 +858,15 @@ def find_judge(s):  # -> judge(prompts, a, b) -> [P(a is preferred) or None, ...
         return resolve(s.judge) or stop(f"--judge {s.judge}: is not rm, rm:RUN_DIR or module:function. API: tools/judge.py")
 
 
-def evaluate(s):
-    """-> samples.jsonl and report.json: win rate against the references, RM score, KL, ROUGE, length, EOS rate."""
+def evaluate(s):  # -> samples.jsonl and report.json: win rate against the references, RM score, KL, ROUGE, length, EOS rate
     run, tokenizer, judge = Path(s.run_dir), load_tokenizer(f"{s.run_dir}/sft", s), find_judge(s)
     rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
     sft, reward_model = load_network(f"{run}/sft", s), load_reward(run / "rm", s)
-    judge_model = load_reward(judge, s) if isinstance(judge, Path) else None
+    judge_model, eos = load_reward(judge, s) if isinstance(judge, Path) else None, tokenizer.eos_token_id
     measure = functools.partial(per_row, rows=rows, s=s, tokenizer=tokenizer)
 
     def scores_of(model, responses):  # of token ids; a response that does not end scores as in training
-        ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in responses])
+        ended = torch.tensor([ids[-1] == eos for ids in responses])
         return torch.where(ended, measure(functools.partial(end_scores, *model), responses=responses), s.missing_eos_score)
 
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
@@ -924,30 +883,23 @@ def evaluate(s):
         log_pi, log_sft = [measure(lambda x: sequence_logprobs(n, x, s.temperature), responses=warm) for n in (network, sft)]
         columns |= {"kl": (log_pi - log_sft).tolist(), "kl_rm_score": scores_of(reward_model, warm).tolist()}
         columns |= {f"rouge_{kind.lower()}": rouge(texts, rows, f"rouge{kind}") for kind in "12L"}
-        columns["response_tokens"] = list(map(len, responses))
-        columns["eos_rate"] = [int(ids[-1] == tokenizer.eos_token_id) for ids in responses]
+        columns |= {"response_tokens": list(map(len, responses)), "eos_rate": [int(ids[-1] == eos) for ids in responses]}
         for row, *values in zip(samples, *columns.values(), strict=True):
             row[method] = dict(zip(columns, values))
-    if world()[0] == 0:
-        seen = {row["prompt"] for row in load_rows(s.preference_dataset, "pairs", s.seed)[0]}
-        print(f"eval: {sum(row['prompt'] in seen for row in rows)} of {len(rows)} prompts also stand in the preference data")
-        write_report(run, samples, dataclasses.asdict(s), s.judge)
+    write_report(run, samples, dataclasses.asdict(s), s.judge) if world()[0] == 0 else None
 
 
-def write_report(run, samples, settings, judge):
-    """Writes RUN/samples.jsonl and RUN/report.json, and prints a table: that of tools/report.py if it is there."""
+def write_report(run, samples, settings, judge):  # samples.jsonl, report.json and a table
     results = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/result.json")}
     seconds = {stage: results[stage].pop("seconds") for stage in USES if stage in results}
     report = {"judge": judge, "prompts": len(samples), "settings": settings, "seconds": seconds, "methods": {}}
-    lines = ["method  win rate against the references"]
+    lines = [f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {results['rm']['accuracy']:.3f}"]
     for name in [name for name in USES if name in samples[0]]:
         columns = {key: [row[name][key] for row in samples] for key in samples[0][name] if key != "response"}
         of = report["methods"][name] = {key: mean(column) for key, column in columns.items()}
         of["win_rate_ci95"] = interval = wilson(columns["win_rate"])
         verdicts = "{:.3f} [{:.3f}, {:.3f}]".format(of["win_rate"], *interval) if interval else "no verdicts"
-        shown = [f"{key} {of[key]:.3f}" for key in ("rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")]
-        lines.append(f"{name:7} {verdicts}   {'   '.join(shown)}")
-    lines.append(f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {results['rm']['accuracy']:.3f}")
+        lines.append(f"{name:7} {verdicts}   " + "   ".join(f"{k} {x:.3f}" for k, x in of.items() if isinstance(x, float)))
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     save_whole(report | {"sft": results["sft"], "rm": results["rm"]}, run / "report.json")
     print(draw_report(run) or "\n".join(lines))
@@ -984,11 +936,11 @@ def inputs(stage, s):  # -> {name: value}: all that the stage depends on; stops 
     return new
 
 
-def preflight(stages, s):
-    """Whatever a later stage needs is tried before the first one trains; train_sft tries the model. Status 2 if it fails."""
-    with blame(f"--run_dir {s.run_dir} or --device {s.device}"):
+def preflight(stages, s):  # what a later stage needs is tried before the first one trains; train_sft tries the model
+    with blame(f"--run_dir {s.run_dir}, --device {s.device} or --rm_model {s.rm_model}"):
         torch.empty(0, device=s.device)
         Path(s.run_dir).mkdir(parents=True, exist_ok=True)
+        transformers.AutoConfig.from_pretrained(s.rm_model) if "rm" in stages and s.rm_model else None
     for i, stage in enumerate(stages):
         for needed in (x for x in NEEDS[stage] if x not in stages[:i] and not finished(s, x)):
             stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
@@ -997,14 +949,9 @@ def preflight(stages, s):
         row = load_rows(s.dataset, "reference", s.seed)[1][0]
         with blame(f"--judge {s.judge}"):
             (_,) = judge([row["prompt"]], [row["reference"]], [row["reference"]])  # as many verdicts as pairs
-    if "rm" in stages and s.rm_model:
-        with blame(f"--rm_model {s.rm_model}: cannot be loaded"):
-            transformers.AutoConfig.from_pretrained(s.rm_model)
 
 
 def run_stage(stage, s):  # a finished stage is kept, an interrupted one resumes; both only with the same inputs
-    if stage == "eval":
-        return evaluate(s)
     folder, new, began = Path(s.run_dir, stage), inputs(stage, s), time.perf_counter()
     if finished(s, stage):
         return print(f"{stage}: finished, and kept (delete {folder} to train it anew)")
@@ -1017,15 +964,14 @@ def run_stage(stage, s):  # a finished stage is kept, an interrupted one resumes
 
 def parse(argv):  # -> (stage, Settings); the command line goes before the preset, and that before the defaults
     parser = transformers.HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("stage", nargs="?", default="all", choices=[*STAGES, "eval", "all"], help="what to run")
+    parser.add_argument("stage", nargs="?", default="all", help="sft, rm, dpo, ppo, drpo, eval or all")
     parser.error = stop
     preset = (re.findall(r"(?<!\S)--preset[= ](\S+)", " ".join(argv)) or ["tiny"])[-1]
     parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
-    flags = {f"--{name}" for f in dataclasses.fields(Settings) for name in (f.name, f.name.replace("_", "-"), f"no_{f.name}")}
-    for word in (x for x in argv if x.startswith("--") and x.partition("=")[0] not in flags | {"--help"}):
-        stop(f"nothing takes {word}; see --help")
     s, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    return (rest.stage, s) if not unknown else stop(f"nothing takes {' '.join(unknown)}; see --help")
+    if unknown or rest.stage not in [*STAGES, "eval", "all"]:
+        stop(f"nothing takes {' '.join(unknown) or rest.stage}; see --help")
+    return rest.stage, s
 
 
 def main(argv=None):
@@ -1035,9 +981,8 @@ def main(argv=None):
     stage, s = parse(sys.argv[1:] if argv is None else argv)
     stages, on_cuda = [*STAGES, "eval"] if stage == "all" else [stage], s.device.startswith("cuda")
     if "LOCAL_RANK" in os.environ:  # torchrun
-        torch.cuda.set_device(s.device) if on_cuda else None
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if on_cuda else None
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
-        atexit.register(dist.destroy_process_group)
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
     for one in runs:
@@ -1045,9 +990,10 @@ def main(argv=None):
     for one in runs:
         with precision(one):
             for name in stages:
-                run_stage(name, one)
+                evaluate(one) if name == "eval" else run_stage(name, one)
     if "eval" in stages and s.seeds and world()[0] == 0:
         print(draw_report(s.run_dir) or "")
+    dist.destroy_process_group() if world()[1] > 1 else None
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def test_an_update_on_cuda_is_that_of_the_cpu():
         network, backbone = [conftest.network().to(device) for _ in range(2)]
         reward = backbone.base_model, drpo.scalar_head(torch.linspace(-1, 1, 16, device=device)[None])
         roles = drpo.build_roles(network, reward, s)
-        optimizer = drpo.make_optimizer(nn.ModuleList([roles.policy, roles.critic, roles.value_head]), 1e-3)
+        optimizer = torch.optim.AdamW(nn.ModuleList([roles.policy, roles.critic, roles.value_head]).parameters(), 1e-3)
         rows, tokenizer = conftest.posts(), conftest.tokenizer()
         responses = drpo.reset_rollouts(roles, rows, 0, tokenizer, s)["response"].tolist()
         metrics = drpo.drpo_update(roles, optimizer, rows, 0, tokenizer, s, "drpo update 1")

@@ -265,10 +265,12 @@ def test_only_the_states_in_the_mask_get_a_gradient(run, monkeypatch):
     assert all(torch.equal((leaf.grad != 0).any(-1), wanted) for leaf in leaves)
 
 
-def test_the_optimizer_is_the_official_adamw():
+def test_the_optimizer_is_the_official_adamw(start, tmp_path):
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
-    optimizer = drpo.make_optimizer(module, 0.1)
+    command = start("sft")
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    _, optimizer, _ = next(drpo.training("sft", 1, 0.1, module, drpo.parse(command)[1]))
     wanted = dict(
         params=[module.weight], lr=0.1, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01, amsgrad=False, maximize=False
     )

@@ -202,7 +202,8 @@ def build(s, shape=None):
     weight = torch.randn(1, d, generator=drpo.generator(s.seed, "bench head")) / math.sqrt(d + 1)
     roles = drpo.build_roles(network(s.seed), (body, drpo.scalar_head(weight.to(s.device))), s)
     trained = [x for x in (roles.policy, roles.critic, roles.value_head) if x is not None]
-    return roles, drpo.make_optimizer(nn.ModuleList(trained), s.lr)
+    params = [p for p in nn.ModuleList(trained).parameters() if p.requires_grad]
+    return roles, torch.optim.AdamW(params, lr=s.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
 
 
 def numbers(text, add_special_tokens=True):
