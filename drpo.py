@@ -179,8 +179,7 @@ def world():  # -> (rank, number of processes): all hold all rows and weights, e
 
 
 def summed(x):  # the tensor x, summed over all processes in place: each continues as one alone would
-    if world()[1] > 1:
-        dist.all_reduce(x)
+    dist.all_reduce(x) if world()[1] > 1 else None
     return x
 
 
@@ -653,12 +652,13 @@ def fit(stage, modules, loss_of, s, tokenizer):  # SFT, reward model, DPO; loss_
 def train_sft(s):  # supervised fine-tuning: cross-entropy over query and response, as in C's sft.py
     tokenizer, network = load_tokenizer(s.tokenizer or s.model, s), load_network(s.model, s, trained=not s.supervised_lora_r)
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
-    room, vocabulary = getattr(config, "max_position_embeddings", math.inf), config.vocab_size
-    if longest > room or len(tokenizer) > vocabulary:
-        stop(f"--model {s.model}: room for {room} of {longest} positions, {vocabulary} of {len(tokenizer)} --tokenizer tokens")
+    if longest > (room := getattr(config, "max_position_embeddings", math.inf)):
+        stop(f"--model {s.model}: has room for {room} tokens, rows may have {longest}")
+    if len(tokenizer) > config.vocab_size:
+        stop(f"--tokenizer has {len(tokenizer)} tokens, --model {s.model} embeds {config.vocab_size}")
     with blame(f"--model {s.model}: cannot be a reward model"), torch.device("meta"):  # tried early
         AutoModelForSequenceClassification.from_config(config)
-    if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < vocabulary:
+    if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < config.vocab_size:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
     network.config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
     network.generation_config = transformers.GenerationConfig.from_model_config(network.config)
@@ -870,7 +870,7 @@ def evaluate(s):  # -> samples.jsonl and report.json: win rate against the refer
         return torch.where(ended, measure(functools.partial(end_scores, *model), responses=responses), s.missing_eos_score)
 
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
-    for method in tqdm([stage for stage in USES if stage != "rm" and finished(s, stage)], desc="eval", unit="method"):
+    for method in tqdm([stage for stage in USES if stage != "rm" and stage in results(run)], desc="eval", unit="method"):
         network = sft if method == "sft" else load_network(f"{run}/{method}", s)
         responses, warm = [sample(network, rows, s, tokenizer, t) for t in (s.eval_temperature, s.temperature)]
         texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
@@ -889,19 +889,24 @@ def evaluate(s):  # -> samples.jsonl and report.json: win rate against the refer
     write_report(run, samples, dataclasses.asdict(s), s.judge) if world()[0] == 0 else None
 
 
+def results(run):  # -> {stage: what it returned, and its seconds}, of all finished stages
+    return {path.parent.name: json.loads(path.read_text()) for path in Path(run).glob("*/result.json")}
+
+
 def write_report(run, samples, settings, judge):  # samples.jsonl, report.json and a table
-    results = {path.parent.name: json.loads(path.read_text()) for path in run.glob("*/result.json")}
-    seconds = {stage: results[stage].pop("seconds") for stage in USES if stage in results}
+    done = results(run)
+    seconds = {stage: done[stage].pop("seconds") for stage in USES if stage in done}
     report = {"judge": judge, "prompts": len(samples), "settings": settings, "seconds": seconds, "methods": {}}
-    lines = [f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {results['rm']['accuracy']:.3f}"]
+    lines = [f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {done['rm']['accuracy']:.3f}"]
     for name in [name for name in USES if name in samples[0]]:
         columns = {key: [row[name][key] for row in samples] for key in samples[0][name] if key != "response"}
         of = report["methods"][name] = {key: mean(column) for key, column in columns.items()}
         of["win_rate_ci95"] = interval = wilson(columns["win_rate"])
         verdicts = "{:.3f} [{:.3f}, {:.3f}]".format(of["win_rate"], *interval) if interval else "no verdicts"
-        lines.append(f"{name:7} {verdicts}   " + "   ".join(f"{k} {x:.3f}" for k, x in of.items() if isinstance(x, float)))
+        others = [f"{key} {of[key]:.3f}" for key in ("rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")]
+        lines.append("   ".join([f"{name:5}", verdicts, *others]))
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
-    save_whole(report | {"sft": results["sft"], "rm": results["rm"]}, run / "report.json")
+    save_whole(report | {"sft": done["sft"], "rm": done["rm"]}, run / "report.json")
     print(draw_report(run) or "\n".join(lines))
 
 
@@ -915,21 +920,16 @@ STAGES = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": lambda s: t
 NEEDS = {"sft": [], "rm": ["sft"], "dpo": ["sft"], "ppo": ["sft", "rm"], "drpo": ["sft", "rm"], "eval": ["sft", "rm"]}
 
 
-def finished(s, stage):
-    return Path(s.run_dir, stage, "result.json").exists()
-
-
 def inputs(stage, s):  # -> {name: value}: all that the stage depends on; stops where it was begun with something else
-    path, block, new = Path(s.run_dir, stage, "settings.json"), "", {}
+    path, done, block, new = Path(s.run_dir, stage, "settings.json"), results(s.run_dir), "", {}
     for name, value in vars(dataclasses.replace(s, beta=0.0) if stage == "ppo" else s).items():
         block = BLOCKS.get(name, block)
         new |= {name: value} if block in USES.get(stage, "").split() else {}
     for name, kind in [("dataset", "reference"), ("preference_dataset", "pairs")][: 1 if stage == "sft" else 2]:
         new[f"rows of {name}"] = hashlib.sha256(repr(load_rows(getattr(s, name), kind, s.seed)).encode()).hexdigest()[:16]
-    for needed in [x for x in NEEDS[stage] if finished(s, x)]:  # its seconds tell one training from another
-        new[needed] = json.loads(Path(s.run_dir, needed, "result.json").read_text())["seconds"]
+    new |= {x: done[x]["seconds"] for x in NEEDS[stage] if x in done}  # which tell one training from another
     new["files of model"] = [[x.name, x.stat().st_mtime] for x in sorted(Path(s.model).glob("*.safetensors")) if stage == "sft"]
-    begun = path.exists() and (finished(s, stage) or path.with_name("checkpoint.pt").exists())
+    begun = path.exists() and (stage in done or path.with_name("checkpoint.pt").exists())
     old = json.loads(path.read_text()) if begun else new
     if changed := [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]:
         stop(f"{path.parent} was made with other settings ({'; '.join(changed)}): name another --run_dir or delete it")
@@ -942,7 +942,7 @@ def preflight(stages, s):  # what a later stage needs is tried before the first 
         Path(s.run_dir).mkdir(parents=True, exist_ok=True)
         transformers.AutoConfig.from_pretrained(s.rm_model) if "rm" in stages and s.rm_model else None
     for i, stage in enumerate(stages):
-        for needed in (x for x in NEEDS[stage] if x not in stages[:i] and not finished(s, x)):
+        for needed in (x for x in NEEDS[stage] if x not in [*stages[:i], *results(s.run_dir)]):
             stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
         inputs(stage, s)
     if "eval" in stages and not isinstance(judge := find_judge(s), Path):  # asked about one row, it costs nothing to know now
@@ -953,7 +953,7 @@ def preflight(stages, s):  # what a later stage needs is tried before the first 
 
 def run_stage(stage, s):  # a finished stage is kept, an interrupted one resumes; both only with the same inputs
     folder, new, began = Path(s.run_dir, stage), inputs(stage, s), time.perf_counter()
-    if finished(s, stage):
+    if stage in results(s.run_dir):
         return print(f"{stage}: finished, and kept (delete {folder} to train it anew)")
     save_whole(new, folder / "settings.json")
     figures = {**(STAGES[stage](s) or {}), "seconds": time.perf_counter() - began}
