@@ -25,14 +25,11 @@ no token sees the padding and no mask is needed. Response step t is decided from
     state of step t             0   1   2   3   4   5
     mask                            0   0   1   1   1   0        what the policy sampled, EOS included: `token_mask`
     rewards                         0   0  -kl -kl -kl+score     `penalised_rewards`
-    advantages                      0   0   A   A   A   0        `gae`, whitened over the mask
 
 The main differences from the paper (P) and the official code (C); docs/paper.md has all of them. N+ is arXiv 2403.17031.
-    1  One mask in every term: the sampled tokens up to EOS, as Alg. 1 stores. C masks the prefix only in the policy loss.
+    1  One mask in every term: the policy's tokens up to EOS, as Alg. 1 stores. C masks the prefix only in the policy loss.
     2  A prefix has 1..n tokens, n without EOS, as in C. `--reset_include_prompt` draws 0..n, as in P, Alg. 3.
-    3  A response without EOS scores -1. C looks for padding instead, and so punishes an EOS in the last place.
-    4  References score 0 on average, read at their last token. C reads that bias at the wrong place (left padding).
-    5  Losses are means over all masked tokens of the batch. C averages means of micro-batches. The critic's head is trained.
+    3  Losses are means over all masked tokens of the batch, C's of micro-batches. The critic's head is trained, C's is frozen.
 """
 
 import contextlib
@@ -42,12 +39,13 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -61,7 +59,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GradientCheckpointingLayer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GradientCheckpointingLayer
 from transformers.hf_argparser import HfArg
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, and the shapes of rollouts change
@@ -139,6 +137,8 @@ class Settings:
                 stop(f"--{name} {value}: must lie in [{low}, {high}]")
         if self.advantages == "rloo" and self.batch_size % self.group:
             stop(f"--group {self.group}: must divide --batch_size {self.batch_size}")
+        if self.compile and self.checkpoint_activations:
+            stop("--compile: not together with --checkpoint_activations")
 
 
 # fmt: off
@@ -186,7 +186,7 @@ def summed(x):  # the tensor x, summed over all processes in place: each continu
 # ---- 2. Data: rows {prompt, reference} for SFT and RL, {prompt, chosen, rejected, batch} for the reward model and DPO --------
 def resolve(name, **offered):  # `module:function` -> the function with those of the offered arguments that it takes, else None
     module, _, function = name.partition(":")
-    if Path(name).exists() or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+    if Path(name).exists() or not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) or not importlib.util.find_spec(module):
         return None
     function = getattr(importlib.import_module(module), function)
     return functools.partial(function, **{k: offered[k] for k in inspect.signature(function).parameters if k in offered})
@@ -222,7 +222,8 @@ def read_source(source, seed):  # -> {split: rows as they stand}; a file of json
     datasets.logging.set_verbosity(50)  # what goes wrong is said once, in one line
     if path.is_file():
         return datasets.load_dataset(kind, data_files=source)
-    return datasets.load_dataset(*[source] if path.exists() else source.split(":"))
+    read = datasets.load_from_disk if (path / "dataset_dict.json").exists() else datasets.load_dataset
+    return read(*[source] if path.exists() else source.split(":"))
 
 
 @functools.lru_cache
@@ -307,20 +308,13 @@ def few(rows, size, s, stream):  # at most `size` of the rows, drawn by the seed
 # ---- 3. Models ---------------------------------------------------------------------------------------------------------------
 # Four roles from two frozen networks:      policy = SFT network + LoRA           reference = adapter off
 #                                            critic = RM network + LoRA + head     reward    = adapter off, own head
-# With lora_r = 0 all weights are trained, and frozen twins are copies. No train mode: dropout would move the first ratio off 1.
 def load(loader, name, s, **kwargs):  # from a Hub name, a folder or a module:function; a model's own code is never run
     with blame(f"{name}: cannot be loaded"):
         function = resolve(name, seed=s.seed)
         return function() if function else loader.from_pretrained(name, trust_remote_code=False, **kwargs)
 
 
-def load_tokenizer(name, s):
-    tokenizer = load(transformers.AutoTokenizer, name, s)
-    has_eos = getattr(tokenizer, "eos_token_id", None) is not None
-    return tokenizer if has_eos else stop(f"--tokenizer {name}: is no tokenizer, or has no end-of-text token")
-
-
-def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  # in eval mode, on the device
+def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  # never in train mode: dropout
     dtype = torch.float32 if trained else getattr(torch, s.dtype)
     with torch.no_grad(), blame(f"--model {name}: cannot be used"):
         network = load(cls, name, s, dtype=dtype, **kwargs).to(s.device, dtype).eval()
@@ -398,9 +392,8 @@ def response_logprobs(network, batch, mask, temperature=1.0):
     (body, head), zeros = body_and_head(network), torch.zeros(mask.shape, device=mask.device)
     logits = logits_of(head, states_before(body, batch, mask), temperature)
     logprobs = zeros.masked_scatter(mask, -F.cross_entropy(logits, batch["response"][mask], reduction="none"))
-    if torch.is_grad_enabled():
-        return logprobs, None
-    return logprobs, zeros.masked_scatter(mask, torch.distributions.Categorical(logits=logits).entropy())
+    entropy = None if torch.is_grad_enabled() else torch.distributions.Categorical(logits=logits).entropy()
+    return logprobs, None if entropy is None else zeros.masked_scatter(mask, entropy)
 
 
 def sequence_logprobs(network, batch, temperature=1.0):  # ln pi(response | query), (B,) float32
@@ -455,8 +448,7 @@ def penalised_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 def gae(rewards, values, mask, gamma, lam):
     """GAE (Schulman et al. 2016, eq. 16), (B, T) each -> advantages, returns, 0 outside the mask. The value after its end is 0:
     delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t."""
-    mask = mask.bool()
-    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    mask, rewards, values = mask.bool(), *[torch.where(mask.bool(), x, 0.0) for x in (rewards, values)]
     delta = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
     advantages, following = torch.zeros_like(delta), 0.0
     for t in reversed(range(delta.shape[1])):
@@ -476,8 +468,7 @@ def log_ratio(logprobs, old_logprobs, mask):
 
 
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
-    """PPO's clipped objective (Schulman et al. 2017, eq. 7), negated: mean of max(-A rho, -A clip(rho, 1-eps, 1+eps)).
-    (B, T) each -> (loss, clipfrac), scalars; clipfrac is the share of masked tokens whose clipped term is the larger one."""
+    """PPO (Schulman et al. 2017, eq. 7), negated: mean max(-A rho, -A clip(rho, 1-eps, 1+eps)). (B, T) -> (loss, clipfrac)."""
     ratio = log_ratio(logprobs, old_logprobs, mask).exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return masked_mean(torch.max(unclipped, clipped), mask), masked_mean((clipped > unclipped).float(), mask)
@@ -486,9 +477,8 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange):
 def ppo_value_loss(values, old_values, returns, mask, cliprange_value):
     """0.5 mean max((V - R)^2, (clip(V, V_old +- eps) - R)^2), C's drpo.py, lines 866-874. (B, T) -> (loss, clipfrac)."""
     clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
-    plain_error, clipped_error = [torch.where(mask.bool(), v - returns, 0.0) ** 2 for v in (values, clipped)]
-    clipfrac = masked_mean((clipped_error > plain_error).float(), mask)
-    return 0.5 * masked_mean(torch.max(plain_error, clipped_error), mask), clipfrac
+    plain, clip = [torch.where(mask.bool(), v - returns, 0.0) ** 2 for v in (values, clipped)]
+    return 0.5 * masked_mean(torch.max(plain, clip), mask), masked_mean((clip > plain).float(), mask)
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
@@ -650,18 +640,28 @@ def fit(stage, modules, loss_of, s, tokenizer):  # SFT, reward model, DPO; loss_
 
 
 def train_sft(s):  # supervised fine-tuning: cross-entropy over query and response, as in C's sft.py
-    tokenizer, network = load_tokenizer(s.tokenizer or s.model, s), load_network(s.model, s, trained=not s.supervised_lora_r)
+    tokenizer, network = (
+        load(AutoTokenizer, s.tokenizer or s.model, s),
+        load_network(s.model, s, trained=not s.supervised_lora_r),
+    )
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
-    if longest > (room := getattr(config, "max_position_embeddings", math.inf)):
-        stop(f"--model {s.model}: has room for {room} tokens, rows may have {longest}")
-    if len(tokenizer) > config.vocab_size:
-        stop(f"--tokenizer has {len(tokenizer)} tokens, --model {s.model} embeds {config.vocab_size}")
-    with blame(f"--model {s.model}: cannot be a reward model"), torch.device("meta"):  # tried early
-        AutoModelForSequenceClassification.from_config(config)
+    sizes = ("max_position_embeddings", "original_max_position_embeddings")  # beyond the latter, longrope sees the longest row
+    room = min(getattr(config, name, math.inf) for name in sizes)
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        stop(f"--tokenizer {s.tokenizer or s.model}: is no tokenizer, or has no end-of-text token")
+    if longest > room or len(tokenizer) > config.vocab_size:
+        has = f"{room} positions for {longest}, {config.vocab_size} tokens for the --tokenizer's {len(tokenizer)}"
+        stop(f"--model {s.model}: has {has}")
+    if shutil.disk_usage(s.run_dir).free < sum(p.numel() for p in network.parameters()) * (4 if s.supervised_lora_r else 28):
+        stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
+    with blame(f"--model {s.model}: cannot be a reward model, or be trained with LoRA (then use --lora_r 0)"):  # tried early
+        with torch.device("meta"):
+            AutoModelForSequenceClassification.from_config(config)
+        add_lora(network, s.lora_r, s.seed, "trial").unload().requires_grad_(True) if s.lora_r else None
     if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < config.vocab_size:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
-    network.config.update({"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
-    network.generation_config = transformers.GenerationConfig.from_model_config(network.config)
+    network.config.update(ends := {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
+    network.generation_config = transformers.GenerationConfig(**ends)
     network = add_lora(network, s.supervised_lora_r, s.seed, "sft") if s.supervised_lora_r else network
     fit("sft", {"policy": network}, lambda x: [-sequence_logprobs(network, x).sum() / x["response_len"].sum()], s, tokenizer)
     save_network(network, tokenizer, Path(s.run_dir) / "sft")
@@ -673,7 +673,7 @@ def train_sft(s):  # supervised fine-tuning: cross-entropy over query and respon
 
 
 def train_rm(s):  # Alg. 1, line 1: the SFT network with a scalar head read at the last token, fitted by Eq. (1)
-    tokenizer, start = load_tokenizer(f"{s.run_dir}/sft", s), s.rm_model or f"{s.run_dir}/sft"
+    tokenizer, start = load(AutoTokenizer, f"{s.run_dir}/sft", s), s.rm_model or f"{s.run_dir}/sft"
     model = load_network(start, s, AutoModelForSequenceClassification, not s.supervised_lora_r, num_labels=1)
     weight = torch.randn(model.score.weight.shape, generator=generator(s.seed, "rm head"))
     head = scalar_head(weight.to(s.device) / math.sqrt(weight.shape[1] + 1))  # N+ detail 11
@@ -703,7 +703,7 @@ def train_rm(s):  # Alg. 1, line 1: the SFT network with a scalar head read at t
 
 
 def train_dpo(s):  # direct preference optimization, from the SFT network, on the pairs of the reward model
-    tokenizer, network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
+    tokenizer, network = load(AutoTokenizer, f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
     policy, reference = twin(network, s, "dpo")
 
     def loss_of(part):
@@ -716,9 +716,9 @@ def train_dpo(s):  # direct preference optimization, from the SFT network, on th
 
 
 def build_roles(sft_network, reward_model, s):  # SFT network, (backbone, head) -> the four roles; RLOO has no critic
-    (backbone, reward_head), roles = reward_model, SimpleNamespace(critic=None, value_head=None)
+    backbone, reward_head = reward_model
+    roles = SimpleNamespace(reward=backbone, reward_head=reward_head, critic=None, value_head=None)
     roles.policy, roles.reference = twin(sft_network, s, "policy")
-    roles.reward, roles.reward_head = backbone, reward_head
     if s.advantages == "gae":  # the critic starts as the reward model, head and all (N+ detail 22)
         roles.critic, roles.reward = twin(backbone, s, "critic")
         roles.value_head = copy.deepcopy(reward_head).requires_grad_(True)
@@ -728,7 +728,7 @@ def build_roles(sft_network, reward_model, s):  # SFT network, (backbone, head) 
 def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer; PPO itself is this function at beta = 0
     s, references = dataclasses.replace(s, beta=0.0) if stage == "ppo" else s, load_rows(s.dataset, "reference", s.seed)[0]
     rows = load_rows(s.preference_dataset, "reference", s.seed)[0] if s.reset_to == "chosen" else references  # D_TR
-    tokenizer, network = load_tokenizer(f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
+    tokenizer, network = load(AutoTokenizer, f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
     roles = build_roles(network, load_reward(f"{s.run_dir}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
     score, references = functools.partial(end_scores, roles.reward, roles.reward_head), few(references, 256, s, "check")
     scores = per_row(score, references, None, s, tokenizer)
@@ -745,8 +745,7 @@ def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer
 def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1, lines 3 to 6 -> metrics, all floats
     B, T, is_gae, laps = s.batch_size, s.response_length, s.advantages == "gae", [lap(s)]
     tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats that rounding may cost, and a mistake exceeds
-    # Lines 3 and 4: reset to the prompt and, with probability beta, a prefix of the data's response; roll out
-    batch = reset_rollouts(roles, rows, update, tokenizer, s)
+    batch = reset_rollouts(roles, rows, update, tokenizer, s)  # lines 3 and 4
     has_eos, mask = batch["has_eos"], token_mask(batch["reset_len"], batch["response_len"], T)
     laps.append(lap(s))
     # Line 5: reward and log-ratio of every step. Log-probabilities come from the training pass, not from the sampler
@@ -763,8 +762,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
         kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (batch["reset_len"] > 0).float().mean().item()
         if update == 0:  # self-checks; with the two flags a reset may be of no token
             drift = kl.abs().max().item()
-            tqdm.write(f"check: {reset_share:.2f} of the rollouts start from a reset; beta is {s.beta:g}")
-            tqdm.write(f"check: before the first step |ln pi - ln pi_SFT| is at most {drift:.1e}; it should be 0")
+            tqdm.write(f"check: {reset_share:.2f} of rollouts are resets, beta {s.beta:g}; |ln pi - ln pi_SFT| <= {drift:.1e}")
             spread = math.sqrt(s.beta * (1 - s.beta) / (B if is_gae else B // s.group))
             if not s.reset_include_prompt and s.reset_to != "sft" and abs(reset_share - s.beta) > 5 * spread + 1e-6:
                 stop(f"{where}: resets do not happen as often as beta says", 3)
@@ -779,10 +777,9 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
             raw_advantages = rloo_advantages(scores - s.kl_coef * kl.sum(1), s.group)[:, None].expand(B, T)
         advantages = masked_whiten(raw_advantages, mask)
     laps.append(lap(s))
-    # Line 6: PPO, `epochs` steps on the whole batch
     seen = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores, "advantages": advantages}
     new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
-    for epoch in range(s.epochs):
+    for epoch in range(s.epochs):  # line 6: PPO, each epoch one step on the whole batch
         for i, part in micro_batches(batch, s.micro_batch):
             new_logprobs_i, _ = response_logprobs(roles.policy, part, mask[i], s.temperature)
             loss, _ = ppo_policy_loss(new_logprobs_i, logprobs[i], advantages[i], mask[i], s.cliprange)
@@ -833,9 +830,11 @@ def per_row(function, rows, responses, s, tokenizer):  # function(batch) -> (B,)
     return summed(out)
 
 
-def rouge(texts, rows, kind):  # -> F1 of each text against its row's reference, with stemming
+def rouge(texts, rows, kind):  # -> F1 with stemming; None where most letters of a reference are not ASCII, which it drops
     scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=True)
-    return [scorer.score(row["reference"], text)[kind].fmeasure for row, text in zip(rows, texts)]
+    known = [mean(letter.isascii() for letter in row["reference"] if letter.isalpha()) or 0 for row in rows]
+    scores = [scorer.score(row["reference"], text)[kind].fmeasure for row, text in zip(rows, texts)]
+    return [score if share > 0.5 else None for score, share in zip(scores, known)]
 
 
 def mean(values):  # of those that are not None; None if there are none
@@ -859,7 +858,7 @@ def find_judge(s):  # -> judge(prompts, a, b) -> [P(a is preferred) or None, ...
 
 
 def evaluate(s):  # -> samples.jsonl and report.json: win rate against the references, RM score, KL, ROUGE, length, EOS rate
-    run, tokenizer, judge = Path(s.run_dir), load_tokenizer(f"{s.run_dir}/sft", s), find_judge(s)
+    run, tokenizer, judge = Path(s.run_dir), load(AutoTokenizer, f"{s.run_dir}/sft", s), find_judge(s)
     rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
     sft, reward_model = load_network(f"{run}/sft", s), load_reward(run / "rm", s)
     judge_model, eos = load_reward(judge, s) if isinstance(judge, Path) else None, tokenizer.eos_token_id
@@ -886,7 +885,10 @@ def evaluate(s):  # -> samples.jsonl and report.json: win rate against the refer
         columns |= {"response_tokens": list(map(len, responses)), "eos_rate": [int(ids[-1] == eos) for ids in responses]}
         for row, *values in zip(samples, *columns.values(), strict=True):
             row[method] = dict(zip(columns, values))
-    write_report(run, samples, dataclasses.asdict(s), s.judge) if world()[0] == 0 else None
+    if world()[0] == 0:
+        seen = {row["prompt"] for row in load_rows(s.preference_dataset, "pairs", s.seed)[0]}
+        print(f"eval: {sum(row['prompt'] in seen for row in rows)} of {len(rows)} prompts also stand in the preference data")
+        write_report(run, samples, dataclasses.asdict(s), s.judge)
 
 
 def results(run):  # -> {stage: what it returned, and its seconds}, of all finished stages
@@ -901,18 +903,12 @@ def write_report(run, samples, settings, judge):  # samples.jsonl, report.json a
     for name in [name for name in USES if name in samples[0]]:
         columns = {key: [row[name][key] for row in samples] for key in samples[0][name] if key != "response"}
         of = report["methods"][name] = {key: mean(column) for key, column in columns.items()}
-        of["win_rate_ci95"] = interval = wilson(columns["win_rate"])
-        verdicts = "{:.3f} [{:.3f}, {:.3f}]".format(of["win_rate"], *interval) if interval else "no verdicts"
-        others = [f"{key} {of[key]:.3f}" for key in ("rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")]
-        lines.append("   ".join([f"{name:5}", verdicts, *others]))
+        of["win_rate_ci95"] = wilson(columns["win_rate"])
+        lines.append(f"{name:5}" + "".join(f"   {key} {x:.3f}" for key, x in of.items() if isinstance(x, float)))
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     save_whole(report | {"sft": done["sft"], "rm": done["rm"]}, run / "report.json")
-    print(draw_report(run) or "\n".join(lines))
-
-
-def draw_report(run):  # the figures and the table of tools/report.py, over several seeds report.json, too; None without tools/
-    if Path(__file__).with_name("tools").joinpath("report.py").exists():
-        return importlib.import_module("tools.report").write(run)
+    tool = Path(__file__).with_name("tools") / "report.py"  # figures and a table, over several seeds too, if it is there
+    print(importlib.import_module("tools.report").write(run) if tool.exists() else "\n".join(lines))
 
 
 # ---- 9. Running --------------------------------------------------------------------------------------------------------------
@@ -985,15 +981,19 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
-    for one in runs:
-        preflight(stages, one)
-    for one in runs:
-        with precision(one):
-            for name in stages:
+    try:
+        for one in runs:
+            preflight(stages, one)
+        for one, name in [(one, name) for one in runs for name in stages]:
+            with precision(one):
                 evaluate(one) if name == "eval" else run_stage(name, one)
-    if "eval" in stages and s.seeds and world()[0] == 0:
-        print(draw_report(s.run_dir) or "")
-    dist.destroy_process_group() if world()[1] > 1 else None
+        dist.destroy_process_group() if world()[1] > 1 else None
+    except KeyboardInterrupt:
+        stop("interrupted; the same command resumes from the last checkpoint", 130)
+    except Exception as error:  # a full disk, as Python, torch and safetensors tell it
+        if not isinstance(error, OSError) and not re.search("No space left|writ", str(error)):
+            raise
+        stop(f"{s.run_dir}: {error}; what was saved before is whole, and the same command resumes from there", 3)
 
 
 if __name__ == "__main__":

@@ -192,12 +192,13 @@ def test_the_mean_kl_is_that_of_all_responses():
     assert (p * ratio).sum() > 10 * error and abs(sampled.mean() - (p * ratio).sum()) < 4 * error
 
 
-def test_rouge_by_hand():
+def test_rouge_by_hand_and_none_where_it_sees_no_letters():
     """'the cats sat' against 'the cat sat down': 3 of 3 and of 4 words after stemming, 2 of 2 and of 3 pairs."""
     rows = [{"reference": "the cat sat down"}]
     assert drpo.rouge(["the cats sat"], rows, "rouge1") == [pytest.approx(2 * 3 / (3 + 4))]
     assert drpo.rouge(["the cats sat"], rows, "rouge2") == [pytest.approx(2 * 2 / (2 + 3))]
     assert drpo.rouge(["sat the cat"], rows, "rougeL") == [pytest.approx(2 * 2 / (3 + 4))]  # in order: the cat
+    assert drpo.rouge(["mat", "das Bär"], [{"reference": "кошка спит"}, {"reference": "der Bär"}], "rouge1")[0] is None
     assert drpo.mean([None, 0.25, None, 0.75]) == 0.5 and drpo.mean([None]) is None
 
 

@@ -236,14 +236,16 @@ def test_a_model_that_cannot_be_used_is_refused_when_loaded(monkeypatch, capsys,
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}
+FACTORS = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+LONGROPE = {"rope_parameters": FACTORS, "max_position_embeddings": 256, "original_max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize("kind, changes", {"llama": DYNAMIC, "gpt2": {}}.items())
+@pytest.mark.parametrize("kind, changes", {"llama": DYNAMIC, "phi3": LONGROPE, "gpt2": {}}.items())
 def test_a_model_without_room_for_the_rows_is_refused(monkeypatch, tmp_path, one_line, kind, changes):
     monkeypatch.setattr(conftest, "network", lambda: tiny(kind, **changes))
     argv = ["sft", *conftest.SMALL, "--sft_steps", "1", "--query_length", "40"]
     line = one_line([*argv, "--preference_length", "25", "--run_dir", tmp_path / "25"])
-    assert "room for 64" in line and "65" in line
+    assert "64 positions for 65" in line
     drpo.main([*argv, "--preference_length", "24", "--run_dir", str(tmp_path / "24")])
 
 

@@ -48,7 +48,7 @@ def shown(capsys, *argv):
 def test_a_row_shows_what_the_first_update_trains_on(arguments, capsys, monkeypatch, more):
     seen, s = {}, drpo.parse(["drpo", *arguments, *more])[1]
     monkeypatch.setattr(drpo, "step", lambda optimizer, s, where, batch: seen.update(batch) or 0.0)
-    tokenizer, load = drpo.load_tokenizer(f"{s.run_dir}/sft", s), drpo.load_network
+    tokenizer, load = drpo.load(drpo.AutoTokenizer, f"{s.run_dir}/sft", s), drpo.load_network
     roles = drpo.build_roles(load(f"{s.run_dir}/sft", s, trained=True), drpo.load_reward(f"{s.run_dir}/rm", s, trained=True), s)
     drpo.drpo_update(roles, None, drpo.load_rows(s.dataset, "reference", s.seed)[0], 0, tokenizer, s, "")
     lengths = list(zip(seen["query_len"].tolist(), seen["reset_len"].tolist(), seen["response_len"].tolist()))

@@ -99,7 +99,7 @@ def plain_training(s):
 
 
 def plain_update(s, update, policy, ref, critic, head, reward, step):
-    is_gae, words = s.advantages == "gae", drpo.load_tokenizer(f"{s.run_dir}/sft", s)
+    is_gae, words = s.advantages == "gae", drpo.load(drpo.AutoTokenizer, f"{s.run_dir}/sft", s)
     group, rng = 1 if is_gae else s.group, drpo.generator(0, "rollout", update)
     data = drpo.draw(drpo.load_rows(s.dataset, "reference", 0)[0], s.batch_size // group, update, 0, "rl")
     rows = [encode(row, "reference", 7, words) for row in data]
@@ -201,7 +201,7 @@ def test_a_supervised_stage_takes_the_steps_of_a_plain_loop(start, run, stage):
     sizes = dict(sft_batch_size=7, rm_batch_size=7, dpo_batch_size=7, updates=3, sft_steps=3, rm_steps=3, dpo_beta=0.5)
     weights, metrics = run(stage, **sizes)
     s = drpo.parse(start(stage, "plain", **sizes))[1]
-    words, sft = drpo.load_tokenizer(s.tokenizer, s), s.model if stage == "sft" else f"{s.run_dir}/sft"
+    words, sft = drpo.load(drpo.AutoTokenizer, s.tokenizer, s), s.model if stage == "sft" else f"{s.run_dir}/sft"
     network, ref = [drpo.load_network(sft, s, trained=True) for _ in range(2)]
     modules = {"policy": network}
     if stage == "rm":

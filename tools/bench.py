@@ -322,7 +322,10 @@ def bench(s, shape, lengths, iterations):
     roles, optimizer = build(s, shape)
     vocabulary, B = roles.policy.get_input_embeddings().num_embeddings, s.batch_size
     if lengths:
-        rows, tokenizer = drpo.load_rows(lengths, "reference", s.seed)[0], drpo.load_tokenizer(s.tokenizer or s.model, s)
+        rows, tokenizer = (
+            drpo.load_rows(lengths, "reference", s.seed)[0],
+            drpo.load(drpo.AutoTokenizer, s.tokenizer or s.model, s),
+        )
     else:
         rows, tokenizer = synthetic_rows(iterations * B, vocabulary, LENGTHS[s.preset], s.seed), numbers
     longest = sorted(rows, key=lambda row: -len(row["prompt"]))[: min(GROUP * s.micro_batch, B) // s.group * s.group or B]
@@ -414,7 +417,10 @@ def rollouts_agree(folder, device, flags):
     responses = []
     for where in ("cpu", device):
         s = drpo.parse(["drpo", f"--run_dir={folder / 'cpu'}", f"--device={where}", *SHORT, *flags])[1]
-        tokenizer, rows = drpo.load_tokenizer(f"{s.run_dir}/sft", s), drpo.load_rows(s.dataset, "reference", s.seed)[0]
+        tokenizer, rows = (
+            drpo.load(drpo.AutoTokenizer, f"{s.run_dir}/sft", s),
+            drpo.load_rows(s.dataset, "reference", s.seed)[0],
+        )
         with torch.no_grad(), drpo.precision(s):
             policy = drpo.load_network(f"{s.run_dir}/sft", s)
             batch = drpo.reset_rollouts(SimpleNamespace(policy=policy), rows, 0, tokenizer, s)

@@ -30,7 +30,7 @@ METRICS = {  # key: title, decimals
     "response_tokens": ("tokens", 1), "eos_rate": ("EOS rate", 2),
 }
 IN_TERMINAL = ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")
-FOUND = 0.30  # toy_text:gate: always writing the full summary wins about 0.65; a run below half of that has not found it
+FOUND = 0.375  # toy_text:gate: always writing the full summary wins about 0.75; a run below half of that has not found it
 
 # The paper's results with Pythia-2.8B, win rates by GPT-4: Table 1, ± over 3 seeds, and Table 3
 PAPER_KEYS = ("win_rate", "rm_score", "kl", "rouge_1", "rouge_2", "rouge_l")
@@ -478,7 +478,9 @@ def write(run_dir):
         return write_seeds(run, sorted(folders, key=lambda folder: (len(folder.name), folder.name)))  # seed_2, seed_10
     if not (run / "report.json").exists():
         fail(f"{run}: no report.json in it or in its seed_K folders; make it with: python drpo.py eval --run_dir {run}")
-    return write_single(run)
+    text = write_single(run)
+    several = run.name.startswith("seed_") and len(list(run.parent.glob("seed_*/report.json"))) > 1
+    return f"{text}\n\n{write(run.parent)}" if several else text
 
 
 def compare(runs):

@@ -54,7 +54,7 @@ def lengths(row, field, s, tokenizer, T):
 
 def show_data(s, number):
     """What sft and rm see in their first update: where the loss is, and where the reward model is read."""
-    tokenizer = drpo.load_tokenizer(s.tokenizer or s.model, s)
+    tokenizer = drpo.load(drpo.AutoTokenizer, s.tokenizer or s.model, s)
     rows = drpo.draw(drpo.load_rows(s.dataset, "reference", s.seed)[0], s.sft_batch_size, 0, s.seed, "sft")
     pairs = drpo.draw(drpo.load_rows(s.preference_dataset, "pairs", s.seed)[0], s.rm_batch_size, 0, s.seed, "rm")
     if number >= min(len(rows), len(pairs)):
@@ -81,7 +81,7 @@ def first_batch(s):
         if not (run / stage / "config.json").exists():
             drpo.stop(f"{run}/{stage}: no model; make it with: python drpo.py {stage} --run_dir {run}, or see: tools.show data")
     rows = drpo.load_rows(s.preference_dataset if s.reset_to == "chosen" else s.dataset, "reference", s.seed)[0]
-    tokenizer, sft = drpo.load_tokenizer(f"{run}/sft", s), drpo.load_network(f"{run}/sft", s, trained=not s.lora_r)
+    tokenizer, sft = drpo.load(drpo.AutoTokenizer, f"{run}/sft", s), drpo.load_network(f"{run}/sft", s, trained=not s.lora_r)
     roles = drpo.build_roles(sft, drpo.load_reward(f"{run}/rm", s, trained=is_gae and not s.lora_r), s)
 
     batch = drpo.reset_rollouts(roles, rows, 0, tokenizer, s)

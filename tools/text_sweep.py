@@ -8,8 +8,8 @@ PART   table         SFT, SFT on the chosen responses, DPO, PPO, RLOO, roll-in b
        beta_lambda   beta against the KL coefficient
        tuning        learning rates and KL coefficients, on seeds that are not reported
 
-Each run is appended to OUT/PART.jsonl when it is done, and the same command resumes with those that are missing there. Then
-OUT/PART.json, PART.md and, for `coverage`, coverage.png are written. `full` is the share of responses that are full summaries, on
+Each run is appended to OUT/PART.jsonl when it is done, and the same command resumes with those that are missing there. Then come
+OUT/PART.json, PART.md and, for `coverage`, coverage.png. `full` is the share of responses that are full summaries, on
 500 held-out posts at temperature 0.7. A run has found the full summary if that is at least one half. Models stay in --scratch.
 """
 
@@ -116,7 +116,7 @@ def measure(stage, folder, seed):
     """-> figures of the policy in folder/stage on held-out posts, by the gold score, beside its KL to SFT and RM score."""
     s = drpo.parse(["eval", f"--seed={seed}", f"--run_dir={folder}"])[1]
     rows = drpo.draw(drpo.load_rows(s.dataset, "reference", seed)[1], s.eval_samples, 0, seed, "eval")
-    tokenizer, network = drpo.load_tokenizer(str(folder / stage), s), drpo.load_network(str(folder / stage), s)
+    tokenizer, network = drpo.load(drpo.AutoTokenizer, str(folder / stage), s), drpo.load_network(str(folder / stage), s)
     responses = drpo.sample(network, rows, s, tokenizer, s.eval_temperature)
     texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
     prompts, references = [[row[key] for row in rows] for key in ("prompt", "reference")]
