@@ -224,17 +224,17 @@ def test_a_model_that_was_changed_since_is_refused_by_name(start, tmp_path, ends
 # A full disk, damage, and files that somebody else made
 
 
+def test_ctrl_c_outside_of_training_is_one_line(start, ends, monkeypatch):
+    monkeypatch.setattr(conftest, "longer", lambda *_: signal.raise_signal(signal.SIGINT))
+    ends(start("eval"), 130, "interrupted")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device on which there is never room")
 @pytest.mark.parametrize(
     "path",
     "sft/tokenizer_config.json rm/config.json drpo/settings.new drpo/checkpoint.new drpo/model.safetensors drpo/result.new "
     "eval/samples.jsonl eval/report.new".split(),
 )
-def test_ctrl_c_outside_of_training_is_one_line(start, ends, monkeypatch):
-    monkeypatch.setattr(conftest, "longer", lambda *_: signal.raise_signal(signal.SIGINT))
-    ends(start("eval"), 130, "interrupted")
-
-
 def test_a_full_disk_is_one_line_and_the_run_resumes(start, small_run, tmp_path, ends, monkeypatch, path):
     stage, name = path.split("/")
     command, folder = start(stage), tmp_path / "run" / ("" if stage == "eval" else stage)

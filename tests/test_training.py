@@ -193,12 +193,14 @@ def plain_loss(stage, modules, ref, rows, words):
         return 0.5 * (plain_logprobs(modules["policy"], *x) - plain_logprobs(ref, *x)).sum()
 
     a, b = [torch.stack([score(encode(row, field, 7, words)) for row in rows]) for field in ("chosen", "rejected")]
-    return torch.log1p(torch.exp(b - a)).mean(), (a > b).float().mean().item()
+    centring = 0.1 * ((a + b) ** 2).mean() if stage == "rm" else 0.0
+    return torch.log1p(torch.exp(b - a)).mean() + centring, (a > b).float().mean().item()
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_a_supervised_stage_takes_the_steps_of_a_plain_loop(start, run, stage):
     sizes = dict(sft_batch_size=7, rm_batch_size=7, dpo_batch_size=7, updates=3, sft_steps=3, rm_steps=3, dpo_beta=0.5)
+    sizes["rm_center"] = 0.1
     weights, metrics = run(stage, **sizes)
     s = drpo.parse(start(stage, "plain", **sizes))[1]
     words, sft = drpo.load(drpo.AutoTokenizer, s.tokenizer, s), s.model if stage == "sft" else f"{s.run_dir}/sft"
