@@ -120,7 +120,7 @@ class Settings:
     cliprange: float = HfArg(default=0.2, help="PPO's epsilon")
     cliprange_value: float = HfArg(default=0.2, help="how far a value may move in one update")
     vf_coef: float = HfArg(default=0.1, help="weight of the value loss")
-    whiten_rewards: bool = HfArg(default=True, help="divide per-token rewards by their standard deviation (gae only)")
+    whiten_rewards: bool = HfArg(default=True, help="scale per-token rewards to unit variance (gae only)")
     missing_eos_score: float = HfArg(default=-1.0, help="score of a response that never ends")
     dpo_beta: float = HfArg(default=0.05, help="DPO's beta")
     dpo_lr: float = HfArg(default=3e-6, help="learning rate of DPO, linear to 0")
@@ -141,7 +141,6 @@ class Settings:
             stop("--compile: not together with --checkpoint_activations")
 
 
-# fmt: off
 PRESETS = {
     "tldr": {}, "cnndm": dict(dataset="abisee/cnn_dailymail:3.0.0", query_length=1919, response_length=64),  # for tldr's `eval`
     "hh": dict(model="EleutherAI/pythia-1b-deduped", dataset="Anthropic/hh-rlhf", preference_dataset="Anthropic/hh-rlhf",
@@ -152,11 +151,10 @@ PRESETS = {
                  sft_lr=3e-3, sft_batch_size=16, rm_steps=600, rm_lr=5e-4, rm_batch_size=16, rm_center=0.02, updates=60,
                  batch_size=96, epochs=2, lr=2e-4, beta=0.8, lam=1.0, kl_coef=0.1, temperature=1.0, cliprange_value=5.0,
                  whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48, eval_samples=500, eval_temperature=0.7),
-}
-# fmt: on
+}  # fmt: skip
 
 
-def stop(message, status=2):  # one line on stderr; status 2: the caller can fix it, 3: this run must not continue
+def stop(message, status=2):  # one line on stderr; status 2: the caller can fix it, 3: the run cannot go on
     tqdm.write(f"drpo.py: {' '.join(str(message).split())[:290]}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -178,7 +176,7 @@ def world():  # -> (rank, number of processes): all hold all rows and weights, e
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def summed(x):  # the tensor x, summed over all processes in place: each continues as one alone would
+def summed(x):  # x, summed in place over all processes, so that all continue with the same sum
     dist.all_reduce(x) if world()[1] > 1 else None
     return x
 
@@ -252,7 +250,7 @@ def load_rows(source, kind, seed):
 
 def encode_query(prompt, tokenizer, length):
     """-> at most `length` ids. A post loses its last lines until it fits (OpenAI's rule), other prompts their beginning."""
-    match = re.fullmatch(r"(.*?\n+POST:|Article:)(.*?)(\n+TL;DR:)", prompt, re.S)
+    match = re.fullmatch(r"(.*?\n+POST:|Article:\n?)(.*?)(\n+TL;DR:)", prompt, re.S)
     head, post, tail = match.groups() if match else (prompt, "", "")
     while True:
         ids = tokenizer(head + post + tail)["input_ids"]
@@ -277,7 +275,7 @@ def collate(queries, responses, T, device):
     return {name: torch.tensor(values, device=device) for name, values in lists.items()}
 
 
-def encode(rows, fields, s, tokenizer, T):  # a batch with the first field as the response of every row, then the second, if any
+def encode(rows, fields, s, tokenizer, T):  # all rows with the first field as response, then all with the second, if any
     queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows] * len(fields)
     return collate(queries, [encode_response(row[name], tokenizer, T) for name in fields for row in rows], T, s.device)
 
@@ -314,10 +312,10 @@ def load(loader, name, s, **kwargs):  # from a Hub name, a folder or a module:fu
         return function() if function else loader.from_pretrained(name, trust_remote_code=False, **kwargs)
 
 
-def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  # never in train mode: dropout
+def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  # eval mode, always: no dropout
     dtype = torch.float32 if trained else getattr(torch, s.dtype)
     with torch.no_grad(), blame(f"--model {name}: cannot be used"):
-        network = load(cls, name, s, dtype=dtype, **kwargs).to(s.device, dtype).eval()
+        network = load(cls, name, s, dtype=dtype, **kwargs).to(s.device, torch.float32 if trained else None).eval()
         if cls is AutoModelForCausalLM:  # left padding and a cache, as in rollouts, must give the logits of a plain pass
             (body, head), ids = body_and_head(network), torch.arange(4, device=s.device)[None]
             plain, cache = network(ids[:, 1:]).logits[:, -1].float(), transformers.DynamicCache(config=body.config)
@@ -504,7 +502,7 @@ def next_states(body, tokens, mask, cache):
 @torch.compiler.set_stance("force_eager")  # the cache grows: each step would be compiled anew
 def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
     """Alg. 1, line 4: reset to query + prefix, lists of ids, and let the policy finish -> responses of at most T ids, prefix
-    included. Token t of row i is the inverse CDF at uniforms[i, t], (B, T): the same whichever rows are decoded beside it."""
+    included. Token t of row i is the inverse CDF at uniforms[i, t], (B, T): the same, up to rounding, beside any other rows."""
     (body, head), T, (rank, processes), responses = body_and_head(policy), uniforms.shape[1], world(), list(map(list, prefixes))
     mine = sorted(range(len(queries)), key=lambda i: -len(prefixes[i]))[rank::processes]
     for first in range(0, len(mine), 8 * s.micro_batch):
@@ -727,7 +725,8 @@ def build_roles(sft_network, reward_model, s):  # SFT network, (backbone, head) 
 
 def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer; PPO itself is this function at beta = 0
     s, references = dataclasses.replace(s, beta=0.0) if stage == "ppo" else s, load_rows(s.dataset, "reference", s.seed)[0]
-    rows = load_rows(s.preference_dataset, "reference", s.seed)[0] if s.reset_to == "chosen" else references  # D_TR
+    chosen = [row | {"reference": row["chosen"]} for row in load_rows(s.preference_dataset, "pairs", s.seed)[0]]
+    rows = chosen if s.reset_to == "chosen" else references  # D_TR
     tokenizer, network = load(AutoTokenizer, f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
     roles = build_roles(network, load_reward(f"{s.run_dir}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
     score, references = functools.partial(end_scores, roles.reward, roles.reward_head), few(references, 256, s, "check")
@@ -744,7 +743,7 @@ def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer
 
 def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1, lines 3 to 6 -> metrics, all floats
     B, T, is_gae, laps = s.batch_size, s.response_length, s.advantages == "gae", [lap(s)]
-    tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats that rounding may cost, and a mistake exceeds
+    tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats: above rounding, below any mistake
     batch = reset_rollouts(roles, rows, update, tokenizer, s)  # lines 3 and 4
     has_eos, mask = batch["has_eos"], token_mask(batch["reset_len"], batch["response_len"], T)
     laps.append(lap(s))
@@ -760,7 +759,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
                 values[i] = response_values(roles.critic, roles.value_head, part, mask[i])
         summed(of_steps), summed(scores)
         kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (batch["reset_len"] > 0).float().mean().item()
-        if update == 0:  # self-checks; with the two flags a reset may be of no token
+        if update == 0:  # self-checks; the flags below allow empty resets
             drift = kl.abs().max().item()
             tqdm.write(f"check: {reset_share:.2f} of rollouts are resets, beta {s.beta:g}; |ln pi - ln pi_SFT| <= {drift:.1e}")
             spread = math.sqrt(s.beta * (1 - s.beta) / (B if is_gae else B // s.group))
@@ -830,7 +829,7 @@ def per_row(function, rows, responses, s, tokenizer):  # function(batch) -> (B,)
     return summed(out)
 
 
-def rouge(texts, rows, kind):  # -> F1 with stemming; None where most letters of a reference are not ASCII, which it drops
+def rouge(texts, rows, kind):  # -> F1 with stemming; None if most letters of a reference are not ASCII: ROUGE drops them
     scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=True)
     known = [mean(letter.isascii() for letter in row["reference"] if letter.isalpha()) or 0 for row in rows]
     scores = [scorer.score(row["reference"], text)[kind].fmeasure for row, text in zip(rows, texts)]
@@ -923,7 +922,7 @@ def inputs(stage, s):  # -> {name: value}: all that the stage depends on; stops 
         new |= {name: value} if block in USES.get(stage, "").split() else {}
     for name, kind in [("dataset", "reference"), ("preference_dataset", "pairs")][: 1 if stage == "sft" else 2]:
         new[f"rows of {name}"] = hashlib.sha256(repr(load_rows(getattr(s, name), kind, s.seed)).encode()).hexdigest()[:16]
-    new |= {x: done[x]["seconds"] for x in NEEDS[stage] if x in done}  # which tell one training from another
+    new |= {x: done[x]["seconds"] for x in NEEDS[stage] if x in done}  # seconds: a fingerprint of that run
     new["files of model"] = [[x.name, x.stat().st_mtime] for x in sorted(Path(s.model).glob("*.safetensors")) if stage == "sft"]
     begun = path.exists() and (stage in done or path.with_name("checkpoint.pt").exists())
     old = json.loads(path.read_text()) if begun else new

@@ -7,15 +7,15 @@ has a true score.
     bpe_tokenizer   a BPE tokenizer trained on the corpus      --tokenizer toy_text:bpe_tokenizer
     tiny_pythia     GPT-NeoX, 2 layers of 128, from scratch    --model toy_text:tiny_pythia
 
-A post says what somebody did to a thing of the writer, how the writer feels and what the writer wants, in shuffled sentences; its
-title gives away one of these three facts. A full summary has six clauses:
+A post says what somebody did to a thing of the writer, how the writer feels and what the writer wants, in shuffled sentences;
+its title gives away one of these three facts. A full summary has six clauses:
 
     my sister broke our bike .  i feel angry .  i want an apology .  please help .  be honest .  what should i do ?
 
-The true score pays 4.0 for the question, but only after the other five: a late reward behind a gate. Before it a clause earns
-about what its words cost. The SFT references stop early and say it once in some 900 posts. The people of the preference pairs mostly
-begin well and then stop; one response in eight is full, and then it is preferred. So their responses cover every step of the way,
-but a copy of them does not go through the gate.
+The true score pays 4.0 for the question, but only after five other clauses: a late reward behind a gate. Until then a clause
+costs a little more in words than it earns. The SFT references stop early and are full once in 190 posts. The people of the
+preference pairs begin well and end badly, or begin badly and end well, and 6 % of them write a full summary. So their preferred
+responses cover every step of the way, but one who imitates them seldom goes it to the end.
 """
 
 import math

@@ -257,6 +257,7 @@ LONG = {  # a prompt, and what is left of it when it may not be so long
     f"REPOST: {HEAD} a\nb{TAIL}": f"REPOST: {HEAD} a{TAIL}",
     f"{ONE} one\ntwo\nthree\nTL;DR:": f"{ONE} one\ntwo\nTL;DR:",
     "Article:\none\nof a POST: two\nthree\n\nTL;DR:": "Article:\none\nof a POST: two\n\nTL;DR:",
+    f"Article:\n{'x' * 9}{TAIL}": f"Article:\n{'x' * 8}{TAIL}",
 }
 
 

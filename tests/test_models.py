@@ -251,11 +251,13 @@ def test_a_model_without_room_for_the_rows_is_refused(monkeypatch, tmp_path, one
 
 @torch.no_grad()
 @pytest.mark.parametrize("trained, dtype", [(True, torch.float32), (False, torch.bfloat16)])
-def test_bfloat16_changes_products_only(monkeypatch, trained, dtype):
+def test_bfloat16_changes_products_only(tmp_path, trained, dtype):
     s, exact = dataclasses.replace(S, dtype="bfloat16"), tiny("gpt_neox", initializer_range=0.1)
+    exact.save_pretrained(tmp_path)
     wanted, scores = drpo.response_logprobs(exact, BATCH, MASK)[0], drpo.end_scores(exact.base_model, HEAD, BATCH)
     with drpo.precision(s):
-        network = loaded(monkeypatch, exact, trained, dtype="bfloat16")
+        network = drpo.load_network(str(tmp_path), s, trained=trained)
+        assert {x.dtype for x in network.buffers()} == {torch.float32}  # such as the frequencies of RoPE
         policy = drpo.add_lora(network, 4, 0, "policy")
         assert {(p.dtype, p.requires_grad) for p in policy.parameters()} == {(dtype, False), (torch.float32, True)}
         logprobs, entropy = drpo.response_logprobs(policy, BATCH, MASK)

@@ -8,8 +8,8 @@ PART   table         SFT, SFT on the chosen responses, DPO, PPO, RLOO, roll-in b
        beta_lambda   beta against the KL coefficient
        tuning        learning rates and KL coefficients, on seeds that are not reported
 
-Each run is appended to OUT/PART.jsonl when it is done, and the same command resumes with those that are missing there. Then come
-OUT/PART.json, PART.md and, for `coverage`, coverage.png. `full` is the share of responses that are full summaries, on
+Each run is appended to OUT/PART.jsonl when it is done, and the same command resumes with those that are missing there. Then
+come OUT/PART.json, PART.md and, for `coverage`, coverage.png. `full` is the share of responses that are full summaries, on
 500 held-out posts at temperature 0.7. A run has found the full summary if that is at least one half. Models stay in --scratch.
 """
 
@@ -85,7 +85,7 @@ BETA_LAMBDA = {
 TUNING = {
     f"{name} {value:g}": (stage, f"--{flag}={value:g}")
     for name, stage, flag, values in (
-        ("DPO lr", "dpo", "dpo_lr", (3e-5, 1e-4, 3e-4)),
+        ("DPO lr", "dpo", "dpo_lr", (3e-5, 1e-4, 3e-4, 1e-3)),
         ("PPO lr", "ppo", "lr", (5e-5, 1e-4, 2e-4, 4e-4)),
         ("PPO KL", "ppo", "kl_coef", (0.03, 0.3)),
         ("DR-PO lr", "drpo", "lr", (1e-4, 2e-4, 4e-4)),
