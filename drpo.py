@@ -570,7 +570,6 @@ def training(stage, updates, lr, modules, s):
             modules.load_state_dict(saved["params"], strict=False)
             optimizer.load_state_dict(saved["optimizer"])
             done = saved["update"]
-        print(f"{stage}: resumes after update {done}")
     lines = re.finditer(r'\{"update": (\d+),.*\n', log.read_text() if log.exists() else "")
     log.write_text("".join(line[0] for line in lines if int(line[1]) <= done))
     with contextlib.ExitStack() as handlers:
@@ -861,6 +860,8 @@ def evaluate(s):  # -> samples.jsonl and report.json: win rate against the refer
     rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
     sft, reward_model = load_network(f"{run}/sft", s), load_reward(run / "rm", s)
     judge_model, eos = load_reward(judge, s) if isinstance(judge, Path) else None, tokenizer.eos_token_id
+    if judge_model and load(AutoTokenizer, str(judge), s).get_vocab() != tokenizer.get_vocab():
+        stop(f"--judge {s.judge}: its reward model has another tokenizer")
     measure = functools.partial(per_row, rows=rows, s=s, tokenizer=tokenizer)
 
     def scores_of(model, responses):  # of token ids; a response that does not end scores as in training

@@ -164,6 +164,11 @@ def test_another_runs_reward_model_can_be_the_judge(small_run, copy, tmp_path):
     samples, _ = evaluated(copy, "--judge", f"rm:{tmp_path / 'other'}", "--missing_eos_score", "-1000")
     ended = [i for i, row in enumerate(samples) if row["drpo"]["eos_rate"]]
     assert ended and all(samples[i]["drpo"]["win_rate"] == 1 - own[i] for i in ended)
+    file = tmp_path / "other" / "rm" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"a"', '"z"'))
+    with pytest.raises(SystemExit) as ended:
+        evaluated(copy, "--judge", f"rm:{tmp_path / 'other'}")
+    assert ended.value.code == 2
 
 
 def test_the_sft_network_has_no_kl_to_itself(small_run):

@@ -22,7 +22,7 @@ import numpy as np
 METHODS = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "drpo": "DR-PO"}
 RL = ("ppo", "drpo")
 # One colour per method in all figures, from the colour-blind safe palette of Okabe and Ito
-COLOURS = {"sft": "#7f7f7f", "rm": "#cc79a7", "dpo": "#009e73", "ppo": "#0072b2", "drpo": "#d55e00"}
+COLOURS = {"sft": "#7f7f7f", "rm": "#cc79a7", "dpo": "#009e73", "ppo": "#d55e00", "drpo": "#0072b2"}
 # fmt: off
 METRICS = {  # key: title, decimals
     "win_rate": ("win rate vs reference", 3), "lc_win_rate": ("at equal length", 3), "rm_score": ("RM score", 2),
