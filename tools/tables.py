@@ -86,7 +86,10 @@ def text(part, names=None, other="PPO"):
     return table(rows)
 
 
-TABLES = {"gpu": gpu, "gpu by phase": gpu_phases, "peers": peers, "text": lambda: text("table")}
+MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "DR-PO")
+OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO")
+TABLES = {"gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
+TABLES |= {"text": lambda: text("table", MAIN), "optimisers": lambda: text("table", OTHERS)}
 
 
 def rewrite(page):
