@@ -147,7 +147,7 @@ PRESETS = {
                response_length=128, preference_length=256),
     "tiny": dict(model="toy_text:tiny_pythia", tokenizer="toy_text:bpe_tokenizer", dataset="toy_text:gate", dtype="float32",
                  preference_dataset="toy_text:gate_pairs", judge="toy_text:gold_judge", reset_to="chosen", query_length=48,
-                 response_length=30, preference_length=40, lora_r=0, micro_batch=64, max_grad_norm=1.0, sft_steps=600,
+                 response_length=30, preference_length=40, lora_r=0, micro_batch=64, max_grad_norm=1.0, sft_steps=600, seed=124,
                  sft_lr=3e-3, sft_batch_size=16, rm_steps=600, rm_lr=5e-4, rm_batch_size=16, rm_center=0.02, updates=60,
                  batch_size=96, epochs=2, lr=2e-4, beta=0.8, lam=1.0, kl_coef=0.1, temperature=1.0, cliprange_value=5.0,
                  whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48, eval_samples=500, eval_temperature=0.7),

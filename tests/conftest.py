@@ -23,7 +23,7 @@ SMALL = (
     "--judge conftest:longer --device cpu --query_length 8 --response_length 7 --preference_length 7 --sft_steps 4 "
     "--rm_steps 4 --updates 3 --sft_batch_size 8 --rm_batch_size 8 --batch_size 8 --dpo_batch_size 8 --micro_batch 3 "
     "--lr 0.003 --sft_lr 0.003 --rm_lr 0.003 --dpo_lr 0.003 --eval_samples 10 --save_every 1 "
-    "--rm_center 0 --beta 0.6 --lam 0.95"
+    "--seed 0 --rm_center 0 --beta 0.6 --lam 0.95"
 ).split()
 
 
