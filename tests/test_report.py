@@ -22,7 +22,7 @@ def figures(monkeypatch):
 
 
 @pytest.fixture
-def three_seeds(tmp_path):
+def three_seeds(tmp_path, figures):
     for seed, sft, ppo, dr in [(1, 0.30, 0.1, 0.2), (2, 0.29, 0.1, 0.4), (10, 0.0, 0.4, 0.6)]:
         make_run(tmp_path / f"seed_{seed}", {"sft": sft, "ppo": ppo, "drpo": dr}, seed, score=(seed, 2 * seed, 0), kl=seed / 2)
     return tmp_path
