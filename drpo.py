@@ -220,8 +220,8 @@ def read_source(source, seed):  # -> {split: rows as they stand}; a file of json
     datasets.logging.set_verbosity(50)  # what goes wrong is said once, in one line
     if path.is_file():
         return datasets.load_dataset(kind, data_files=source)
-    read = datasets.load_from_disk if (path / "dataset_dict.json").exists() else datasets.load_dataset
-    return read(*[source] if path.exists() else source.split(":"))
+    read = datasets.load_from_disk if [*path.glob("state.json"), *path.glob("dataset_dict.json")] else datasets.load_dataset
+    return rows if isinstance(rows := read(*[source] if path.exists() else source.split(":")), dict) else {"train": rows}
 
 
 @functools.lru_cache
