@@ -568,7 +568,7 @@ def training(stage, updates, lr, modules, s):
         with blame(f"{checkpoint}: cannot be read; delete it to train {stage} from the start"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
             modules.load_state_dict(saved["params"], strict=False)
-            optimizer.load_state_dict(saved["optimizer"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(saved["moments"]))})
             done = saved["update"]
     lines = re.finditer(r'\{"update": (\d+),.*\n', log.read_text() if log.exists() else "")
     log.write_text("".join(line[0] for line in lines if int(line[1]) <= done))
@@ -585,8 +585,9 @@ def training(stage, updates, lr, modules, s):
                 file.write(json.dumps(metrics) + "\n")
             stopping = summed(torch.tensor(len(asked))).item() > 0
             if (update + 1) % s.save_every == 0 or update + 1 == updates or stopping:
-                state = {"params": {name: p.detach() for name, p in params.items()}, "optimizer": optimizer.state_dict()}
-                save_whole(state | {"update": update + 1}, checkpoint)
+                moments = [{k: x.cpu() for k, x in optimizer.state[p].items()} for p in params.values()]
+                weights = {name: p.detach().cpu() for name, p in params.items()}
+                save_whole({"params": weights, "moments": moments, "update": update + 1}, checkpoint)
             if stopping:
                 stop(f"{stage}: stopped as asked after update {update + 1} of {updates}; the same command resumes", 0)
 
@@ -836,8 +837,7 @@ def rouge(texts, rows, kind):  # -> F1 with stemming; None if most letters of a 
 
 
 def mean(values):  # of those that are not None; None if there are none
-    values = [float(value) for value in values if value is not None]
-    return sum(values) / len(values) if values else None
+    return sum(known) / len(known) if (known := [float(value) for value in values if value is not None]) else None
 
 
 def wilson(wins, z=1.96):  # (1, 0, ties 0.5, None undecided) -> the 95 % interval [low, high] of their share, or None
