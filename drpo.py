@@ -567,7 +567,7 @@ def training(stage, updates, lr, modules, s):
     if checkpoint.exists():
         with blame(f"{checkpoint}: cannot be read; delete it to train {stage} from the start"):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            modules.load_state_dict(saved["params"], strict=False)
+            modules.load_state_dict(modules.state_dict() | saved["params"])
             optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(saved["moments"]))})
             done = saved["update"]
     lines = re.finditer(r'\{"update": (\d+),.*\n', log.read_text() if log.exists() else "")
