@@ -125,6 +125,7 @@ BAD = {  # flags -> words of the one line
     "--updates -3": ["--updates", "-3"],
     "--updates 1.5": ["--updates", "1.5"],
     "--seed -1": ["--seed", "-1"],
+    "--compile True --checkpoint_activations True": ["--compile", "--checkpoint_activations"],
     "--seeds 1 -1": ["--seed", "-1"],
     "--batch_size 0": ["--batch_size", "0"],
     "--micro_batch -1": ["--micro_batch", "-1"],

@@ -3,6 +3,7 @@
 import json
 import math
 
+import conftest
 import pytest
 import torch
 from conftest import log_of
@@ -222,6 +223,16 @@ def test_a_supervised_stage_takes_the_steps_of_a_plain_loop(start, run, stage):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Means over the batch, the mask, the schedule
+
+
+def test_resets_to_chosen_read_no_other_column(start, monkeypatch):
+    labelled = [row | {"label": "a label"} for row in conftest.pairs()]
+    monkeypatch.setattr(conftest, "labelled", lambda: labelled, raising=False)
+    found = []
+    monkeypatch.setattr(drpo, "drpo_update", lambda roles, optimizer, rows, *rest: found.extend(rows) or {})
+    drpo.main(start("drpo", preference_dataset="conftest:labelled", updates=1))
+    assert found and all(row["reference"] == row["chosen"] for row in found)
+    assert {row["chosen"] for row in found} <= {row["chosen"] for row in labelled}
 
 
 @pytest.mark.parametrize("stage, advantages", [*((stage, "gae") for stage in ("sft", "rm", "dpo", "drpo")), ("drpo", "rloo")])
