@@ -384,7 +384,7 @@ def draw(by_row, path):
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure  # without pyplot, which takes another second to import
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     left, *maps = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
     for row in [row for row in COLOURS if row in by_row]:
         episodes, values, *_ = torch.tensor([run["curve"] for run in by_row[row]]).permute(2, 1, 0)  # (snapshots, seeds) each
@@ -392,19 +392,19 @@ def draw(by_row, path):
         left.fill_between(episodes[:, 0], values.amin(1), values.amax(1), color=COLOURS[row], alpha=0.25, lw=0)
         for run in by_row[row]:
             x, y, face = (run["solved"], SOLVED, None) if run["solved"] else (run["curve"][-1][0], run["value"], "white")
-            left.plot(x, y, "o", color=COLOURS[row], mfc=face, clip_on=False, zorder=3)
-    left.plot([], [], "o", color="grey", label="a seed is solved")
-    left.plot([], [], "o", color="grey", mfc="white", label="a seed is not solved")
-    left.set(xscale="log", xlabel="episodes", ylabel="exact value", title="Value of the policy (best: 1)")
-    left.legend(loc="center left", fontsize=8)
+            left.plot(x, y, "o", color=COLOURS[row], mfc=face, alpha=0.6, clip_on=False, zorder=3)
+    left.plot([], [], "o", color="grey", label="a seed passes 0.9")
+    left.plot([], [], "o", color="grey", mfc="white", label="a seed never does")
+    left.set(xscale="log", xlabel="episodes", ylabel="exact value", title="value of the policy (best: 1)")
+    left.legend(loc="center left", bbox_to_anchor=(0, 0.62))
     for ax, row in zip(maps, ("PPO", "DR-PO")):
         curve = torch.tensor([run["curve"] for run in by_row[row]]).mean(0)  # (snapshots, 2 + H)
         share, layers = curve[:, 2:].T.clamp(min=1e-3), range(curve.shape[1] - 2)
         image = ax.pcolormesh(curve[:, 0].numpy(), layers, share.numpy(), norm=LogNorm(1e-3, 1), shading="nearest")
-        ax.set(xscale="log", xlabel="episodes", ylabel="layer", title=f"{row}: who acts on the chain", yticks=layers[::5])
+        ax.set(xscale="log", xlabel="episodes", ylabel="layer", title=f"where {row} still acts", yticks=layers[::5])
     maps[0].text(0.65, 0.6, "never visited again", color="white", ha="center", transform=maps[0].transAxes)
-    figure.colorbar(image, ax=maps, label="share of the episodes (at least 0.1%)", format="{x:.1%}")
-    figure.savefig(path, dpi=150)
+    figure.colorbar(image, ax=maps, label="share of episodes", format="{x:.1%}", extend="min")
+    figure.savefig(path, dpi=180)
 
 
 def main(argv=None):
