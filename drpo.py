@@ -17,8 +17,8 @@ Algorithm 1 of the paper, and where each line is:
     5         keep the steps h' >= h only: state, action, r, ln(pi_t / pi_SFT)    token_mask, penalised_rewards
     6         pi_{t+1} = PO(pi_t, D_on); here PO is PPO, or RLOO                  gae, rloo_advantages, ppo_policy_loss
 
-One row: a query of 4 tokens, a reset of 2, EOS sampled at t = 4, T = 6. Rows are padded on the right. Attention is causal, so
-no token sees the padding and no mask is needed. Response step t is decided from the state one position to its left.
+One row: a query of 4 tokens, a reset of 2, EOS sampled at t = 4, T = 6. Rows are padded on the right. Attention is causal:
+no mask is needed (`rollout` alone pads on the left, with one). Response step t is decided from the state one to its left.
 
     ids             q   q   q   q   r   r   a   a   EOS .
     t (response)                    0   1   2   3   4   5
@@ -29,7 +29,7 @@ no token sees the padding and no mask is needed. Response step t is decided from
 The main differences from the paper (P) and the official code (C); docs/paper.md has all of them. N+ is arXiv 2403.17031.
     1  One mask in every term: the policy's tokens up to EOS, as Alg. 1 stores. C masks the prefix only in the policy loss.
     2  A prefix has 1..n tokens, n without EOS, as in C. `--reset_include_prompt` draws 0..n, as in P, Alg. 3.
-    3  Losses are means over all masked tokens of the batch, C's of micro-batches. The critic's head is trained, C's is frozen.
+    3  Losses are means over all masked tokens of the batch; in C, of a micro-batch. The critic's head is trained; in C, frozen.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ from transformers.hf_argparser import HfArg
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, and the shapes of rollouts change
 
 # ---- 1. Settings. The defaults are those of the paper's TL;DR run (Table 5). Precedence: command line, preset, defaults ------
-# The blocks of Settings by their first setting, and the blocks that a stage depends on: its result is kept while they are equal
+# A block runs from the setting named here to the next one named. USES: the blocks that a stage's result depends on
 BLOCKS = {"seed": "data", "sft_steps": "sft", "rm_model": "rm", "updates": "po", "batch_size": "rl", "dpo_beta": "dpo"}
 USES = {"sft": "data sft", "rm": "data sft rm", "dpo": "data sft po dpo"} | dict.fromkeys(["ppo", "drpo"], "data sft rm po rl")
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
@@ -89,7 +89,7 @@ class Settings:
     tokenizer: str = HfArg(default="", help="the same, if it is not the model's own")
     dataset: str = HfArg(default=TLDR, help="prompts and references: Hub name[:config], file, folder or module:function")
     preference_dataset: str = HfArg(default="vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144", help="pairs")
-    dtype: Literal["bfloat16", "float32"] = HfArg(default="bfloat16", help="autocast dtype; storage dtype of frozen networks")
+    dtype: Literal["bfloat16", "float32"] = HfArg(default="bfloat16", help="of autocast, and of what LoRA leaves frozen")
     query_length: int = HfArg(default=512, help="tokens of a prompt; a longer post loses its last lines")
     response_length: int = HfArg(default=53, help="tokens of a response, EOS included, in SFT and rollouts")
     preference_length: int = HfArg(default=169, help="tokens of a response, EOS included, in a preference pair")
@@ -103,7 +103,7 @@ class Settings:
     rm_lr: float = HfArg(default=3e-6, help="learning rate of the reward model, linear to 0")
     rm_batch_size: int = HfArg(default=64, help="pairs per update of the reward model")
     rm_center: float = HfArg(default=0.0, help="weight of (r(winner) + r(loser))^2: Eq. (1) leaves a prompt's mean score free")
-    updates: int = HfArg(default=0, help="updates of drpo, ppo and dpo; 0: one epoch")
+    updates: int = HfArg(default=0, help="updates of drpo, ppo and dpo; 0: as many rollouts or pairs as rows")
     lora_r: int = HfArg(default=1024, help="LoRA rank of policy and critic, alpha = 2r; 0 trains all weights")
     batch_size: int = HfArg(default=512, help="rollouts per update")
     lr: float = HfArg(default=3e-6, help="learning rate of policy and critic, linear to 0")
@@ -304,8 +304,8 @@ def few(rows, size, s, stream):  # at most `size` of the rows, drawn by the seed
 
 
 # ---- 3. Models ---------------------------------------------------------------------------------------------------------------
-# Four roles from two frozen networks:      policy = SFT network + LoRA           reference = adapter off
-#                                            critic = RM network + LoRA + head     reward    = adapter off, own head
+# Four roles from two frozen networks:      policy = SFT network + LoRA           reference = SFT network
+#                                            critic = RM network + LoRA + head     reward    = RM network + its own head
 def load(loader, name, s, **kwargs):  # from a Hub name, a folder or a module:function; a model's own code is never run
     with blame(f"{name}: cannot be loaded"):
         function = resolve(name, seed=s.seed)
@@ -333,16 +333,15 @@ def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  #
 
 
 def add_lora(network, r, seed, role):  # on what peft chooses (query_key_value in Pythia, as in C), or all linear layers
-    peft = importlib.import_module("peft")
-    known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    targets = None if network.config.model_type in known else "all-linear"
+    peft, kind = importlib.import_module("peft"), network.config.model_type
+    targets = None if kind in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING else "all-linear"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "lora", role).initial_seed())  # A is drawn from the global generator
         return peft.get_peft_model(network, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets)).eval()
 
 
 def twin(network, s, role):  # -> the network as it will be trained, and frozen as it is now; with LoRA they share weights
-    shared = {id(p): p for p in network.parameters()} if s.lora_r else {}
+    shared = {id(p): p for p in network.parameters()} if s.lora_r else {}  # deepcopy's memo: not copied
     frozen = copy.deepcopy(network, shared).requires_grad_(False)  # a copy is not compiled
     frozen.apply(lambda x: x.compile(dynamic=True) if s.compile and isinstance(x, GradientCheckpointingLayer) else None)
     return add_lora(network, s.lora_r, s.seed, role) if s.lora_r else network, frozen
@@ -361,13 +360,13 @@ def scalar_head(weight, bias=0.0):  # a frozen nn.Linear(d, 1) in float32 from a
     return head.requires_grad_(False)
 
 
-def save_network(network, tokenizer, folder):  # the layout of Hugging Face; an adapter under adapter/, and merged
-    if world()[0] == 0:
-        if hasattr(network, "merge_and_unload"):
-            network.save_pretrained(folder / "adapter")
-            network = network.merge_and_unload()
-        network.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+def save_network(network, tokenizer, folder):  # the layout of Hugging Face; an adapter under adapter/, and merged, in place
+    writes = world()[0] == 0
+    if hasattr(network, "merge_and_unload"):
+        network.save_pretrained(folder / "adapter", is_main_process=writes)
+        network = network.merge_and_unload()
+    network.save_pretrained(folder, is_main_process=writes)
+    tokenizer.save_pretrained(folder) if writes else None
 
 
 def body_and_head(network):  # -> the transformer without its head, and the linear layer that makes logits of its states
@@ -404,7 +403,7 @@ def response_values(critic, head, batch, mask):  # V(s_t), (B, T) float32, 0 out
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
-def end_scores(backbone, head, batch):  # -> (B,): the head on the state at the last token, which is EOS if there is one
+def end_scores(backbone, head, batch):  # -> (B,): the head on the last token's state, from which step response_len would follow
     after = torch.arange(batch["response"].shape[1] + 1, device=batch["ids"].device) == batch["response_len"][:, None]
     return response_values(backbone, head, batch, after).sum(1)
 
@@ -630,7 +629,7 @@ def fit(stage, modules, loss_of, s, tokenizer):  # SFT, reward model, DPO; loss_
         weighed, figures = whole(batch) if stage == "sft" else batch, torch.zeros(len(fields), device=s.device)
         for i, part in micro_batches(weighed, s.micro_batch, kind == "pairs"):
             loss, *accuracy = loss_of(part)
-            share = len(i) / size if accuracy else part["response_len"].sum() / weighed["response_len"].sum()
+            share = len(i) / size if kind == "pairs" else part["response_len"].sum() / weighed["response_len"].sum()
             (loss * share).backward()  # summed over micro-batches: the mean over the whole batch
             figures += torch.stack([loss.detach(), *accuracy]) * share
         metrics |= dict(zip(("loss", "accuracy"), summed(figures).tolist()))
@@ -638,18 +637,14 @@ def fit(stage, modules, loss_of, s, tokenizer):  # SFT, reward model, DPO; loss_
 
 
 def train_sft(s):  # supervised fine-tuning: cross-entropy over query and response, as in C's sft.py
-    tokenizer, network = (
-        load(AutoTokenizer, s.tokenizer or s.model, s),
-        load_network(s.model, s, trained=not s.supervised_lora_r),
-    )
+    tokenizer = load(AutoTokenizer, s.tokenizer or s.model, s)
+    network = load_network(s.model, s, trained=not s.supervised_lora_r)
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
-    sizes = ("max_position_embeddings", "original_max_position_embeddings")  # beyond the latter, longrope sees the longest row
-    room = min(getattr(config, name, math.inf) for name in sizes)
+    room = min(getattr(config, f"{x}max_position_embeddings", math.inf) for x in ("", "original_"))  # the latter: longrope's
     if getattr(tokenizer, "eos_token_id", None) is None:
         stop(f"--tokenizer {s.tokenizer or s.model}: is no tokenizer, or has no end-of-text token")
     if longest > room or len(tokenizer) > config.vocab_size:
-        has = f"{room} positions for {longest}, {config.vocab_size} tokens for the --tokenizer's {len(tokenizer)}"
-        stop(f"--model {s.model}: has {has}")
+        stop(f"--model {s.model}: {room} positions for {longest}, {config.vocab_size} tokens for {len(tokenizer)} needed")
     if shutil.disk_usage(s.run_dir).free < sum(p.numel() for p in network.parameters()) * (4 if s.supervised_lora_r else 28):
         stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
     with blame(f"--model {s.model}: cannot be a reward model, or be trained with LoRA (then use --lora_r 0)"):  # tried early
@@ -714,12 +709,11 @@ def train_dpo(s):  # direct preference optimization, from the SFT network, on th
 
 
 def build_roles(sft_network, reward_model, s):  # SFT network, (backbone, head) -> the four roles; RLOO has no critic
-    backbone, reward_head = reward_model
-    roles = SimpleNamespace(reward=backbone, reward_head=reward_head, critic=None, value_head=None)
+    roles = SimpleNamespace(reward=reward_model[0], reward_head=reward_model[1], critic=None, value_head=None)
     roles.policy, roles.reference = twin(sft_network, s, "policy")
     if s.advantages == "gae":  # the critic starts as the reward model, head and all (N+ detail 22)
-        roles.critic, roles.reward = twin(backbone, s, "critic")
-        roles.value_head = copy.deepcopy(reward_head).requires_grad_(True)
+        roles.critic, roles.reward = twin(roles.reward, s, "critic")
+        roles.value_head = copy.deepcopy(roles.reward_head).requires_grad_(True)
     return roles
 
 
@@ -729,8 +723,8 @@ def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer
     rows = chosen if s.reset_to == "chosen" else references  # D_TR
     tokenizer, network = load(AutoTokenizer, f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
     roles = build_roles(network, load_reward(f"{s.run_dir}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
-    score, references = functools.partial(end_scores, roles.reward, roles.reward_head), few(references, 256, s, "check")
-    scores = per_row(score, references, None, s, tokenizer)
+    score, checked = functools.partial(end_scores, roles.reward, roles.reward_head), few(references, 256, s, "check")
+    scores = per_row(score, checked, None, s, tokenizer)
     error = scores.std(correction=0).item() / math.sqrt(len(scores))
     tqdm.write(f"check: SFT references score {scores.mean():.2f} +- {error:.2f} (standard error); it should be 0")
     if not abs(scores.mean()) < 5 * error + (1e-4 if s.dtype == "float32" else 0.1):
@@ -757,11 +751,13 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
             scores[i] = end_scores(roles.reward, roles.reward_head, part)
             if is_gae:
                 values[i] = response_values(roles.critic, roles.value_head, part, mask[i])
-        summed(of_steps), summed(scores)
+        summed(of_steps), summed(scores)  # in place: of_steps holds the four tensors above
         kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (batch["reset_len"] > 0).float().mean().item()
         if update == 0:  # self-checks; the flags below allow empty resets
             drift = kl.abs().max().item()
+            below = (scores[has_eos] < s.missing_eos_score).float().mean().item()  # these would score more without their end
             tqdm.write(f"check: {reset_share:.2f} of rollouts are resets, beta {s.beta:g}; |ln pi - ln pi_SFT| <= {drift:.1e}")
+            tqdm.write(f"check: {below:.2f} of the rollouts that end score below --missing_eos_score, {s.missing_eos_score:g}")
             spread = math.sqrt(s.beta * (1 - s.beta) / (B if is_gae else B // s.group))
             if not s.reset_include_prompt and s.reset_to != "sft" and abs(reset_share - s.beta) > 5 * spread + 1e-6:
                 stop(f"{where}: resets do not happen as often as beta says", 3)
@@ -776,7 +772,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
             raw_advantages = rloo_advantages(scores - s.kl_coef * kl.sum(1), s.group)[:, None].expand(B, T)
         advantages = masked_whiten(raw_advantages, mask)
     laps.append(lap(s))
-    seen = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores, "advantages": advantages}
+    dump = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "scores": scores, "advantages": advantages}
     new_logprobs, new_values = torch.zeros(2, s.epochs, B, T, device=s.device)
     for epoch in range(s.epochs):  # line 6: PPO, each epoch one step on the whole batch
         for i, part in micro_batches(batch, s.micro_batch):
@@ -788,10 +784,10 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
                 loss += s.vf_coef * ppo_value_loss(new_values_i, values[i], returns[i], mask[i], s.cliprange_value)[0]
                 new_values[epoch, i] = new_values_i.detach()
             (loss * mask[i].sum() / mask.sum()).backward()  # summed over micro-batches: the mean over all tokens of the batch
-        drift = log_ratio(summed(new_logprobs[epoch]), logprobs, mask).abs().max().item()
+        drift = log_ratio(summed(new_logprobs[epoch]), logprobs, mask).abs().max().item()  # summed in place
         if epoch == 0 and drift > tolerance:  # False for NaN, which `step` catches
             stop(f"{where}: the policy differs from the one that was scored by {drift:.1e} nats before any step", 3)
-        norm = step(optimizer, s, where, batch | seen)
+        norm = step(optimizer, s, where, batch | dump)
     laps.append(lap(s))
     m = mask.expand(s.epochs, B, T)  # losses and ratios: means over the epochs
     pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, m, s.cliprange)
@@ -859,6 +855,7 @@ def evaluate(s):  # -> samples.jsonl and report.json: win rate against the refer
     run, tokenizer, judge = Path(s.run_dir), load(AutoTokenizer, f"{s.run_dir}/sft", s), find_judge(s)
     rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
     sft, reward_model = load_network(f"{run}/sft", s), load_reward(run / "rm", s)
+    judge = judge if isinstance(judge, Path) or not world()[0] else lambda texts, *_: [None] * len(texts)  # one process asks
     judge_model, eos = load_reward(judge, s) if isinstance(judge, Path) else None, tokenizer.eos_token_id
     if judge_model and load(AutoTokenizer, str(judge), s).get_vocab() != tokenizer.get_vocab():
         stop(f"--judge {s.judge}: its reward model has another tokenizer")
@@ -870,7 +867,10 @@ def evaluate(s):  # -> samples.jsonl and report.json: win rate against the refer
 
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     for method in tqdm([stage for stage in USES if stage != "rm" and stage in results(run)], desc="eval", unit="method"):
-        network = sft if method == "sft" else load_network(f"{run}/{method}", s)
+        adapter = run / method / "adapter"  # applied, not merged: in bfloat16 the sum would round small updates away
+        network = sft if method == "sft" else load_network(f"{run}/{'sft' if adapter.exists() else method}", s)
+        if method != "sft" and adapter.exists():
+            network = importlib.import_module("peft").PeftModel.from_pretrained(network, adapter).eval()
         responses, warm = [sample(network, rows, s, tokenizer, t) for t in (s.eval_temperature, s.temperature)]
         texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
         if judge_model:

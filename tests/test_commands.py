@@ -1,6 +1,7 @@
 """The command line: drpo.py alone in a folder, settings, bad input, several seeds, documented commands."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from graphlib import TopologicalSorter
 import conftest
 import pytest
 from conftest import ROOT, SMALL
+from run_folder import make_run
 
 import drpo
 
@@ -17,12 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ["sft", "dpo", "ppo", "drpo"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One file that runs alone
-
-
+# ---- One file that runs alone ------------------------------------------------------------------------------
 def test_drpo_py_does_the_main_job_in_an_empty_folder(tiny_run):
-    """And in odd surroundings, see conftest.py."""
     out = (tiny_run / "stdout.txt").read_text(encoding="utf-8")
     report = json.loads((tiny_run / "report.json").read_text())
     assert {"methods", "rm", "seconds", "settings"} <= set(report) and list(report["methods"]) == METHODS
@@ -31,28 +29,24 @@ def test_drpo_py_does_the_main_job_in_an_empty_folder(tiny_run):
         assert re.search(rf"^{name} +win_rate {figures['win_rate']:.3f} ", out, re.M)
     assert set(report["seconds"]) == {"rm", *METHODS} and 0 < report["rm"]["accuracy"] < 1
     assert report["prompts"] == 24 == len((tiny_run / "samples.jsonl").read_text().splitlines())
-    assert out.count("check: ") == 4  # references; resets and KL; of PPO and of DR-PO
+    assert out.count("check: ") == 6  # references; resets and KL; ended rollouts below the score of the others; PPO, DR-PO
 
 
-def imported(nodes):
-    """-> the modules of ours that these nodes of a syntax tree import."""
-    names = set()
+def imported(nodes):  # -> the modules of ours that these nodes of a syntax tree import
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return {name for name in names if name and (ROOT / f"{name.replace('.', '/')}.py").exists()}
 
 
-def test_no_module_imports_another_in_a_circle():
-    """A tool that a function imports, where it is there, does not count."""
+def test_no_module_imports_another_in_a_circle():  # but for a tool that a function imports
     files = [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]
     trees = {str(path.relative_to(ROOT).with_suffix("")).replace(os.sep, "."): ast.parse(path.read_bytes()) for path in files}
     graph = {name: imported(tree.body) for name, tree in trees.items()}
     assert len([*TopologicalSorter(graph).static_order()]) >= len(files) > 5
-    assert not graph["drpo"] and imported(ast.walk(trees["drpo"])) <= {"tools.report"}
-    assert not imported(ast.walk(trees["toy_text"]))
+    assert not graph["drpo"] and imported([*ast.walk(trees["drpo"])]) <= {"tools.report"}
+    assert not imported([*ast.walk(trees["toy_text"]), *ast.walk(trees["tools.report"])])
 
 
 def test_drpo_py_stays_within_1000_lines():
@@ -60,21 +54,7 @@ def test_drpo_py_stays_within_1000_lines():
     assert len(lines) <= 1000 and max(map(len, lines)) <= 128
 
 
-def test_every_update_leaves_a_line_of_metrics(small_run):
-    fitted = {"update", "loss", "grad_norm", "lr", "seconds"}
-    rl = fitted | set("score kl entropy pg_loss vf_loss clipfrac vf_clipfrac ratio approx_kl explained_variance".split())
-    rl |= set("eos_rate response_tokens reset_share tokens_decoded seconds_rollout seconds_score seconds_update".split())
-    wanted = {"sft": fitted, "rm": fitted | {"accuracy"}, "dpo": fitted | {"accuracy"}, "ppo": rl, "drpo": rl}
-    for stage, names in wanted.items():
-        lines = [json.loads(line) for line in (small_run / stage / "metrics.jsonl").read_text().splitlines()]
-        assert [line["update"] for line in lines] == [*range(1, 5 if stage in ("sft", "rm") else 4)]
-        assert all(set(line) == names for line in lines)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings
-
-
+# ---- Settings ----------------------------------------------------------------------------------------------
 def test_the_tldr_preset_has_the_values_of_table_5():
     s = drpo.parse(["--preset", "tldr"])[1]
     wanted = dict(model="EleutherAI/pythia-2.8b-deduped", query_length=512, response_length=53, lora_r=1024, batch_size=512)
@@ -84,21 +64,15 @@ def test_the_tldr_preset_has_the_values_of_table_5():
     assert {name: getattr(s, name) for name in wanted} == wanted
 
 
-@pytest.mark.parametrize("argv", [["--preset", "tldr"], ["--preset=tldr"], ["--preset", "hh", "--preset=tldr"]])
-def test_a_preset_is_taken_however_it_is_written(argv):
-    stage, s = drpo.parse([*argv, "drpo", "--beta", "0.25"])
-    assert (stage, s.preset, s.batch_size, s.beta, s.run_dir) == ("drpo", "tldr", 512, 0.25, "runs/tldr")
-
-
-def test_the_command_line_goes_before_the_preset_and_that_before_the_default():
+def test_precedence_is_command_line_preset_default():
+    for words in ("--preset tldr", "--preset=tldr", "--preset hh --preset=tldr"):
+        stage, s = drpo.parse([*words.split(), "drpo", "--beta", "0.25"])
+        assert (stage, s.preset, s.batch_size, s.beta, s.run_dir) == ("drpo", "tldr", 512, 0.25, "runs/tldr")
     s = drpo.parse(["--lr", "0.5"])[1]
     assert (s.preset, s.lr, s.epochs, s.gamma) == ("tiny", 0.5, drpo.PRESETS["tiny"]["epochs"], drpo.Settings().gamma)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input
-
-
+# ---- Bad input ---------------------------------------------------------------------------------------------
 def half_a_judge(prompts, a, b):
     return [1.0 for _ in prompts[1:]]
 
@@ -109,64 +83,40 @@ def large_tokenizer():
     return words
 
 
-BAD = {  # flags -> words of the one line
-    "nosuchstage": ["nosuchstage"],
+ECHOED = """  the line repeats each of these words
+nosuchstage | --nosuchflag | --preset nope | --lr abc | --lr | --lr nan | --lr 2 | --sft_lr -0.5 | --max_grad_norm inf
+--beta 1.5 | --beta -0.1 | --updates -3 | --updates 1.5 | --seed -1 | --batch_size 0 | --micro_batch -1 | --temperature 0
+--response_length 1 | --dtype float16 | --whiten_rewards maybe | --advantages grpo | --device nosuchdevice | --device cuda:99
+--judge gold | --judge rm:nowhere | --judge test_commands:half_a_judge | --tokenizer conftest:posts | --run_dir {shelf}/file
+--rm_model {shelf}/nosuchmodel"""
+BAD = {flags: flags.split() for line in ECHOED.splitlines()[1:] for flags in line.split(" | ")} | {  # flags: words of the line
+    "--dataset nowhere.jsonl": ["nowhere.jsonl"],
+    "--preference_dataset nowhere.jsonl": ["nowhere.jsonl"],
+    "--dataset conftest:nosuch": ["conftest:nosuch"],
+    "--model {shelf}/nosuchmodel": ["nosuchmodel"],
+    "--model {shelf}/adapter": ["adapter"],
+    "--model conftest:posts": ["conftest:posts"],
     "sft extra": ["extra"],
-    "--preset nope": ["--preset", "nope"],
-    "--nosuchflag 3": ["--nosuchflag"],
-    "--lr abc": ["--lr", "abc"],
-    "--lr": ["--lr"],
-    "--lr nan": ["--lr", "nan"],
-    "--lr 2": ["--lr", "2"],
-    "--sft_lr -0.5": ["--sft_lr", "-0.5"],
-    "--max_grad_norm inf": ["--max_grad_norm", "inf"],
-    "--beta 1.5": ["--beta", "1.5"],
-    "--beta -0.1": ["--beta", "-0.1"],
-    "--updates -3": ["--updates", "-3"],
-    "--updates 1.5": ["--updates", "1.5"],
-    "--seed -1": ["--seed", "-1"],
     "--compile True --checkpoint_activations True": ["--compile", "--checkpoint_activations"],
     "--seeds 1 -1": ["--seed", "-1"],
-    "--batch_size 0": ["--batch_size", "0"],
-    "--micro_batch -1": ["--micro_batch", "-1"],
-    "--temperature 0": ["--temperature", "0"],
-    "--response_length 1": ["--response_length", "1"],
-    "--dtype float16": ["--dtype", "float16"],
-    "--whiten_rewards maybe": ["--whiten_rewards", "maybe"],
-    "--advantages grpo": ["--advantages", "grpo"],
     "--advantages rloo --group 3": ["--group 3", "--batch_size 8"],
     "--advantages rloo --group 1": ["--group 1"],
-    "--device nosuchdevice": ["--device", "nosuchdevice"],
-    "--device cuda:99": ["--device", "cuda:99"],
-    "--run_dir {shelf}/file": ["file"],
     "rm": ["rm needs", "run/sft", "drpo.py sft"],
     "dpo": ["dpo needs", "run/sft"],
     "drpo --run_dir {shelf}/only_sft": ["drpo needs", "only_sft/rm", "drpo.py rm"],
     "eval --run_dir {shelf}/only_sft": ["eval needs", "only_sft/rm"],
     "drpo --run_dir {shelf}/sft_twice": ["sft_twice/rm", "not a reward model"],
     "eval --run_dir {shelf}/done --preference_dataset nowhere.jsonl": ["nowhere.jsonl"],
-    "--dataset nowhere.jsonl": ["nowhere.jsonl"],
-    "--preference_dataset nowhere.jsonl": ["nowhere.jsonl"],
     "--preference_dataset conftest:posts": ["conftest:posts", "row 0", "chosen"],
-    "--dataset conftest:nosuch": ["conftest:nosuch"],
-    "--judge gold": ["--judge gold"],
     "--judge toy_text:nosuchjudge": ["nosuchjudge"],
     "--judge toy_text:gold_judge": ["--judge toy_text:gold_judge", "no post of toy_text.py"],
-    "--judge rm:nowhere": ["--judge rm:nowhere"],
-    "--judge test_commands:half_a_judge": ["--judge test_commands:half_a_judge"],
-    "--model {shelf}/nosuchmodel": ["nosuchmodel"],
-    "--model {shelf}/adapter": ["adapter"],
-    "--model conftest:posts": ["conftest:posts"],
-    "--tokenizer conftest:posts": ["conftest:posts"],
-    "--rm_model {shelf}/nosuchmodel": ["nosuchmodel"],
-    "--tokenizer test_commands:large_tokenizer": ["--tokenizer", "9", "8"],
-    "--preference_length 30": ["--model", "32", "38"],
+    "--tokenizer test_commands:large_tokenizer": ["8 tokens", "9"],
+    "--preference_length 30": ["32 positions", "38"],
 }
 
 
 @pytest.fixture(scope="module")
-def shelf(small_run, tmp_path_factory):
-    """A folder with what the bad commands point at."""
+def shelf(small_run, tmp_path_factory):  # a folder with what the bad commands point at
     shelf = tmp_path_factory.mktemp("shelf")
     (shelf / "file").touch()
     (shelf / "adapter").mkdir()
@@ -175,6 +125,9 @@ def shelf(small_run, tmp_path_factory):
         for stage in stages.split():
             shutil.copytree(small_run / stage, shelf / folder / stage)
     shutil.copytree(small_run / "sft", shelf / "sft_twice" / "rm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.report.write", lambda run: None)
+        make_run(shelf / "made", {"sft": 0.5})
     return shelf
 
 
@@ -183,7 +136,30 @@ def test_bad_input_is_one_line_before_anything_is_trained(shelf, tmp_path, one_l
     monkeypatch.setattr(drpo, "step", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(drpo, "sample", lambda *_: pytest.fail("evaluated"))
     line = one_line(["--run_dir", str(tmp_path / "run"), *SMALL, *flags.format(shelf=shelf).split()])
-    assert line.startswith("drpo.py: ") and all(word in line for word in BAD[flags]), line
+    assert line.startswith("drpo.py: ") and all(word.format(shelf=shelf) in line for word in BAD[flags]), line
+
+
+BAD_FOR_TOOLS = """  the line has the last word of the command, or what stands after its colon
+toy_env --quick --full | toy_env --seeds oops | toy_env --nosuch | toy_env --out {shelf}/file: --out
+tools.toy_sweep --nosuch | tools.toy_sweep --seeds oops | tools.toy_sweep --out {shelf}/file: --out
+tools.notebooks nowhere | tools.planted --run=nowhere: nowhere/sft
+tools.judge {shelf}/nowhere --model m: no samples.jsonl | tools.judge {shelf}/made: --model | tools.judge: RUN_DIR
+tools.show {shelf}/nowhere --sample 1: no samples.jsonl | tools.show {shelf}/made --sample 4: has 4 rows
+tools.show {shelf}/made --sample -1: count from 0 | tools.show {shelf}/made --beta 1: --beta 1 | tools.show: RUN_DIR
+tools.show row --run_dir none: none/sft | tools.show data --row 16: --row 16 | tools.show data --row oops
+tools.show data --beta 2: --beta 2 | tools.bench --iterations 0: --iterations 0 | tools.bench --micro_batch few
+tools.bench --no_such_flag | tools.bench --random_weights --model gpt2 | tools.bench --preset cnndm
+tools.bench --json no/such/folder/b.json | tools.bench --peers --batch_size 4: --peers | tools.bench --device meat
+tools.bench --plan --check: one at a time | tools.bench --model ./no/such/folder"""
+
+
+@pytest.mark.parametrize("case", [case for line in BAD_FOR_TOOLS.splitlines()[1:] for case in line.split(" | ")])
+def test_bad_input_of_a_tool_is_one_line(shelf, tmp_path, one_line, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.print", lambda *_, **__: pytest.fail("it went on"))
+    command, _, word = case.partition(": ")
+    name, *argv = command.format(shelf=shelf).split()
+    assert (word or argv[-1]) in one_line(argv, main=importlib.import_module(name).main)
 
 
 def test_several_seeds_make_one_table(tmp_path, monkeypatch, capsys):
@@ -198,29 +174,22 @@ def test_several_seeds_make_one_table(tmp_path, monkeypatch, capsys):
     assert re.search(r"seeds 7, 8", capsys.readouterr().out)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Documented commands
-
+# ---- Documented commands -----------------------------------------------------------------------------------
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"python(?:3)? (?:-m )?(drpo\.py|toy_env\.py|tools\.\w+)((?: (?![#|&])[^\s`#|&;)]+)*)")
 
 
-def commands(text):
-    """-> [(program, words), ...] of fenced blocks and inline code."""
+def commands(text):  # -> [(program, words), ...] of fenced blocks and inline code
     code = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.M | re.S) + re.findall(r"`(python [^`\n]+)`", text)
     return [(program, rest.split()) for program, rest in COMMAND.findall("\n".join(code))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_documented_commands_are_accepted(page):
-    for program, words in commands(page.read_text(encoding="utf-8")):
-        path = ROOT / (program if program.endswith(".py") else f"{program.replace('.', '/')}.py")
-        assert path.exists(), program
+    found = commands(page.read_text(encoding="utf-8"))
+    for program, words in found:
+        assert (ROOT / (program if program.endswith(".py") else f"{program.replace('.', '/')}.py")).exists(), program
         if program == "drpo.py" and "--help" not in words:
             words = " ".join(words).replace("$stage", "drpo").replace("...", "").replace("STAGE", "all")
             assert drpo.parse(re.sub(r"\$\{?\w+\}?", "0", words).split())[0] in {*drpo.STAGES, "eval", "all"}
-
-
-def test_the_readme_shows_the_main_command_and_all_entrances():
-    found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {"drpo.py", "toy_env.py"} <= {program for program, _ in found} and len(found) > 5
+    assert page.name != "README.md" or {"drpo.py", "toy_env.py"} <= {program for program, _ in found} and len(found) > 5

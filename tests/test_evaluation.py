@@ -1,8 +1,6 @@
 """Section 8 of drpo.py: every method on the same held-out prompts, against what can be worked out."""
 
-import itertools
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -10,12 +8,11 @@ import conftest
 import pytest
 import torch
 from conftest import SMALL
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import drpo
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_figures")
 METHODS = ["sft", "dpo", "ppo", "drpo"]
 FIGURES = "win_rate rm_score kl kl_rm_score rouge_1 rouge_2 rouge_l response_tokens eos_rate".split()
 
@@ -29,19 +26,13 @@ def settings(run, *flags):
     return drpo.parse(["eval", *SMALL, "--run_dir", str(run), *flags])[1]
 
 
-def evaluated(run, *flags):
-    """-> the samples and the report of an evaluation."""
+def evaluated(run, *flags):  # -> the samples and the report of an evaluation
     drpo.evaluate(settings(run, *flags))
     return samples_of(run), json.loads((run / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN: not JSON
 
 
 def samples_of(run):
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    monkeypatch.setattr("tools.report.write", lambda run: None)
 
 
 def test_the_report_has_the_figures_that_others_rely_on(small_run):
@@ -58,11 +49,9 @@ def test_the_report_has_the_figures_that_others_rely_on(small_run):
             values = [row[method][name] for row in samples]
             assert report["methods"][method][name] == pytest.approx(sum(values) / 10)
         assert report["methods"][method]["win_rate_ci95"] == drpo.wilson([row[method]["win_rate"] for row in samples])
-
-
-def test_win_rates_are_the_judges_verdicts_against_the_references(small_run):
-    for row, method in itertools.product(samples_of(small_run), METHODS):
-        assert row[method]["win_rate"] == conftest.longer([""], [row[method]["response"]], [row["reference"]])[0]
+        for row in samples:
+            assert row[method]["win_rate"] == conftest.longer([""], [row[method]["response"]], [row["reference"]])[0]
+            assert (row[method]["kl"] == 0.0) == (method == "sft")
 
 
 def test_wilson_by_hand():
@@ -72,8 +61,7 @@ def test_wilson_by_hand():
     assert drpo.wilson([0] * 4)[0] == 0.0 and drpo.wilson([1] * 4)[1] == 1.0 and drpo.wilson([None]) is None
 
 
-def undecided(prompts, a, b):
-    """A judge that decides the first prompt only."""
+def undecided(prompts, a, b):  # a judge that decides the first prompt only
     return [1.0, *[None for _ in prompts[1:]]]
 
 
@@ -86,10 +74,7 @@ def test_verdicts_that_are_none_do_not_count(copy):
     assert [row["drpo"]["win_rate"] for row in samples] == [1.0] + [None] * 9
     assert report["methods"]["drpo"]["win_rate"] == 1.0
     assert report["methods"]["drpo"]["win_rate_ci95"] == pytest.approx([1 / (1 + 1.96**2), 1.0])
-
-
-def test_without_any_verdict_the_report_is_still_json(copy):
-    _, report = evaluated(copy, "--judge", "test_evaluation:never")
+    _, report = evaluated(copy, "--judge", "test_evaluation:never")  # still JSON
     assert report["methods"]["drpo"]["win_rate"] is None and report["methods"]["drpo"]["response_tokens"] > 1
 
 
@@ -99,14 +84,6 @@ def test_the_prompts_are_a_seeded_sample_of_the_held_out_rows(small_run, copy):
     assert set(prompts) < set(everything) and prompts != everything[:10] and len(set(prompts)) == 10
     other, _ = evaluated(copy, "--seed", "1", "--eval_samples", "99")
     assert sorted(row["prompt"] for row in other) == sorted(everything) != [row["prompt"] for row in other]
-
-
-def test_an_evaluation_is_the_same_at_any_micro_batch(small_run, copy):
-    samples, _ = evaluated(copy, "--micro_batch", "1")
-    for row, other in zip(samples_of(small_run), samples, strict=True):
-        for method in METHODS:
-            assert other[method].pop("response") == row[method].pop("response")
-            assert other[method] == pytest.approx(row[method], abs=1e-5)
 
 
 def test_only_finished_methods_are_evaluated(copy):
@@ -121,11 +98,12 @@ def test_scores_and_kl_are_of_the_sampled_ids_and_no_eos_is_fined(copy, monkeypa
     """By transformers alone, from the very ids that were sampled, text aside, at each of the two temperatures."""
     responses, sample, words = [], drpo.sample, conftest.tokenizer()
     monkeypatch.setattr(drpo, "sample", lambda *args: responses.append(sample(*args)) or responses[-1])
-    samples, model = evaluated(copy)[0], AutoModelForSequenceClassification.from_pretrained(copy / "rm").eval()
+    samples, _ = evaluated(copy, "--temperature", "0.8")
+    model = AutoModelForSequenceClassification.from_pretrained(copy / "rm").eval()
     networks = {method: AutoModelForCausalLM.from_pretrained(copy / method).eval() for method in METHODS}
 
     def logprob(method, query, ids):
-        logits = networks[method](torch.tensor([query + ids])).logits[0, len(query) - 1 : -1]
+        logits = networks[method](torch.tensor([query + ids])).logits[0, len(query) - 1 : -1] / 0.8
         return logits.log_softmax(-1)[range(len(ids)), ids].sum().item()
 
     for i, row in enumerate(samples):
@@ -154,7 +132,7 @@ def test_the_rm_judge_compares_scores_and_unfinished_responses_lose(small_run, c
     assert {0.0, 1.0} <= set(verdicts)
 
 
-def test_another_runs_reward_model_can_be_the_judge(small_run, copy, tmp_path):
+def test_another_runs_reward_model_can_be_the_judge(small_run, copy, tmp_path, one_line):
     own = [row["drpo"]["win_rate"] for row in evaluated(copy, "--judge", f"rm:{small_run}")[0]]
     assert own == [row["drpo"]["win_rate"] for row in evaluated(copy, "--judge", "rm")[0]]
     shutil.copytree(small_run / "rm", tmp_path / "other" / "rm")
@@ -166,35 +144,7 @@ def test_another_runs_reward_model_can_be_the_judge(small_run, copy, tmp_path):
     assert ended and all(samples[i]["drpo"]["win_rate"] == 1 - own[i] for i in ended)
     file = tmp_path / "other" / "rm" / "tokenizer.json"
     file.write_text(file.read_text().replace('"a"', '"z"'))
-    with pytest.raises(SystemExit) as ended:
-        evaluated(copy, "--judge", f"rm:{tmp_path / 'other'}")
-    assert ended.value.code == 2
-
-
-def test_the_sft_network_has_no_kl_to_itself(small_run):
-    for row in samples_of(small_run):
-        assert row["sft"]["kl"] == 0.0 != row["drpo"]["kl"]
-
-
-def test_the_mean_kl_is_that_of_all_responses():
-    """Eight tokens and at most three steps: KL(pi || pi_SFT) can be summed up in full, and sampled."""
-    s = settings("unused", "--response_length", "3", "--temperature", "0.8", "--micro_batch", "512")
-    policy, sft, words = conftest.network(1), conftest.network(2), conftest.tokenizer()
-    rows = [{"prompt": "a b", "reference": "c"}] * 3000
-
-    def log_ratio(responses):
-        def logprobs(network):
-            of = rows[: len(responses)], responses, s, words
-            return drpo.per_row(lambda part: drpo.sequence_logprobs(network, part, 0.8), *of).double()
-
-        return logprobs(policy).exp(), logprobs(policy) - logprobs(sft)
-
-    everything = [[*body, 0] for n in range(3) for body in itertools.product(range(1, 8), repeat=n)]
-    p, ratio = log_ratio(everything + [list(body) for body in itertools.product(range(1, 8), repeat=3)])
-    assert p.sum().item() == pytest.approx(1, abs=1e-5)
-    _, sampled = log_ratio(drpo.sample(policy, rows, s, words, 0.8))
-    error = sampled.std().item() / math.sqrt(3000)
-    assert (p * ratio).sum() > 10 * error and abs(sampled.mean() - (p * ratio).sum()) < 4 * error
+    assert "tokenizer" in one_line(["--judge", f"rm:{tmp_path / 'other'}"], main=lambda flags: evaluated(copy, *flags))
 
 
 def test_rouge_by_hand_and_none_where_it_sees_no_letters():
@@ -207,15 +157,8 @@ def test_rouge_by_hand_and_none_where_it_sees_no_letters():
     assert drpo.mean([None, 0.25, None, 0.75]) == 0.5 and drpo.mean([None]) is None
 
 
-@pytest.mark.parametrize("lora_r", [0, 4])
-def test_the_saved_policy_has_the_logits_of_the_one_in_memory(start, tmp_path, monkeypatch, lora_r):
-    """In transformers alone; and with LoRA also the SFT network with the saved adapter."""
-    kept, save, ids, run = [], drpo.save_network, torch.tensor([[2, 3, 4, 5, 6, 7, 0]]), tmp_path / "run"
-    monkeypatch.setattr(drpo, "save_network", lambda net, *rest: kept.append(net(ids).logits) or save(net, *rest))
-    drpo.main(start("drpo", lora_r=lora_r, lr=0.01))
-    saved, sft = [AutoModelForCausalLM.from_pretrained(run / stage) for stage in ("drpo", "sft")]
-    torch.testing.assert_close(saved(ids).logits, kept[0], rtol=0, atol=5e-5)  # merging rounds
-    assert (sft(ids).logits - kept[0]).abs().max() > 1e-2
-    if lora_r:
-        adapted = PeftModel.from_pretrained(sft, run / "drpo" / "adapter")
-        torch.testing.assert_close(adapted(ids).logits, kept[0], rtol=0, atol=5e-5)
+def test_eval_applies_the_adapter_and_does_not_merge_it(copy):
+    network = drpo.add_lora(drpo.load_network(f"{copy}/sft", settings(copy)), 2, 0, "policy")  # B = 0: changes nothing
+    network.save_pretrained(copy / "drpo" / "adapter")
+    samples, _ = evaluated(copy)
+    assert all(row["drpo"] == row["sft"] for row in samples)
