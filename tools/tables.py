@@ -33,13 +33,14 @@ def seconds(method, batch):
 
 def gpu():
     """README: an update of PPO and DR-PO, per model."""
-    rows = [["Pythia, LoRA rank", "s per 512 episodes: PPO / DR-PO", "hours per epoch", "GB at the peak", "MFU of the update"]]
+    rows = [["Pythia, LoRA rank", "batch", "s per 512 episodes: PPO / DR-PO", "hours per epoch", "GB at the peak"]]
+    rows[0].append("MFU of the update")
     for name, title in GPU.items():
         figures = read(f"bench/gpu_{name}.json")
         both, batch = list(figures["methods"].values()), figures["settings"]["batch_size"]
         columns = [[f"{seconds(m, batch):.0f}" for m in both], [f"{m['hours']:.1f}" for m in both]]
         columns += [[f"{max(m['gb'] for m in both):.0f}"], [f"{m['mfu_update']:.0%}" for m in both]]
-        rows.append([title, *map(" / ".join, columns)])
+        rows.append([title, batch, *map(" / ".join, columns)])
     return table(rows)
 
 
@@ -86,10 +87,24 @@ def text(part, names=None, other="PPO"):
     return table(rows)
 
 
+def coverage():
+    """Where resets help: PPO and DR-PO at each level of SFT's coverage, paired by seed."""
+    rows = [["an annotator stops with", "P(full summary), SFT", "PPO: found", "share full", "DR-PO: found", "share full"]]
+    rows[0].append("win rate, DR-PO − PPO")
+    of = read("text/coverage.json")
+    for stop in sorted({name.rpartition(" ")[2] for name in of}):
+        cells = [f"0.{stop}", f"{of[f'SFT {stop}']['coverage']['mean']:.1e}"]
+        for one in (of[f"PPO {stop}"], of[f"DR-PO {stop}"]):
+            cells += [f"{one['found']}/{one['full']['n']}", f"{one['full']['mean']:.2f}"]
+        gap = of[f"DR-PO {stop}"][f"win_rate minus PPO {stop}"]
+        rows.append([*cells, f"{gap['mean']:+.3f} {interval(gap)}"])
+    return table(rows)
+
+
 MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "DR-PO")
 OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO")
 TABLES = {"gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
-TABLES |= {"text": lambda: text("table", MAIN), "optimisers": lambda: text("table", OTHERS)}
+TABLES |= {"coverage": coverage, "text": lambda: text("table", MAIN), "optimisers": lambda: text("table", OTHERS)}
 
 
 def rewrite(page):
