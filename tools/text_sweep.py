@@ -94,6 +94,11 @@ TUNING = {
     for value in values
 }
 PARTS = {"table": TABLE, "coverage": COVERAGE, "models": MODELS, "beta_lambda": BETA_LAMBDA, "tuning": TUNING}
+SAME = {  # runs of other parts that are runs of `table` under another name; they are read from its file
+    **{f"{name} 65": name for name in ("SFT", "PPO", "DR-PO")},
+    **{f"{name}, RM same": name for name in ("PPO", "DR-PO")},
+    "beta 0, KL 0.1": "PPO",
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,6 +186,18 @@ def work(seed, part, names, scratch, out, threads):
 # Tables
 
 
+def read(out, part):
+    """-> {(run, seed): row} of OUT/PART.jsonl, and of OUT/table.jsonl where that has runs of PART under another name."""
+
+    def lines(name):
+        path = out / f"{name}.jsonl"
+        return map(json.loads, path.read_text().splitlines() if path.exists() else [])
+
+    rows = {(row["run"], row["seed"]): row for row in lines(part)}
+    names = [(name, same) for name, same in SAME.items() if name in PARTS[part]]
+    return rows | {(name, row["seed"]): row for row in lines("table") for name, same in names if row["run"] == same}
+
+
 def paired(rows, a, b, key):
     """Figures {(run, seed): row} -> the statistics of key in run a minus key in run b, over the seeds that have both."""
     seeds = sorted(seed for run, seed in rows if run == a and (b, seed) in rows)
@@ -195,7 +212,7 @@ def summarise(part, rows):
         of = results[name] = {key: spread([row[key] for row in mine]) for key in mine[0] if key not in ("run", "seed")}
         hits, n = sum(row["full"] >= 0.5 for row in mine), len(mine)
         of |= {"seeds": [row["seed"] for row in mine], "found": hits, "found_ci95": clopper_pearson(hits, n)}
-        for other in ("PPO", "SFT on chosen"):
+        for other in ("PPO", "SFT on chosen", name.replace("DR-PO", "PPO")):
             if other != name and (gap := paired(rows, name, other, "win_rate")):
                 of[f"win_rate minus {other}"] = gap
         found = f"{hits}/{n} [{of['found_ci95'][0]:.2f}, {of['found_ci95'][1]:.2f}]"
@@ -238,19 +255,13 @@ def main():
     parser.add_argument("--scratch", type=Path, default=Path("runs/text_sweep"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    log = args.out / f"{args.part}.jsonl"
-
-    def read():
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return {(row["run"], row["seed"]): row for row in lines}
-
-    done, jobs = read(), []
+    done, jobs = read(args.out, args.part), []
     for seed in args.seeds:
         if names := [name for name in args.runs or PARTS[args.part] if (name, seed) not in done]:
             jobs.append((seed, args.part, names, args.scratch, args.out, args.threads))
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         pool.starmap(work, jobs, chunksize=1)
-    rows = read()
+    rows = read(args.out, args.part)
     lines, results = summarise(args.part, rows)
     (args.out / f"{args.part}.json").write_text(json.dumps(results, indent=1))
     (args.out / f"{args.part}.md").write_text("\n".join(lines) + "\n")
