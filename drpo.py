@@ -364,7 +364,7 @@ def save_network(network, tokenizer, folder):  # the layout of Hugging Face; an 
     writes = world()[0] == 0
     if hasattr(network, "merge_and_unload"):
         network.save_pretrained(folder / "adapter", is_main_process=writes)
-        network = network.merge_and_unload()
+        network = network.float().merge_and_unload()  # in bfloat16 the sum would round small updates away
     network.save_pretrained(folder, is_main_process=writes)
     tokenizer.save_pretrained(folder) if writes else None
 
@@ -867,7 +867,7 @@ def evaluate(s):  # -> samples.jsonl and report.json: win rate against the refer
 
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     for method in tqdm([stage for stage in USES if stage != "rm" and stage in results(run)], desc="eval", unit="method"):
-        adapter = run / method / "adapter"  # applied, not merged: in bfloat16 the sum would round small updates away
+        adapter = run / method / "adapter"  # applied as in training: loaded in bfloat16, merged weights would be rounded
         network = sft if method == "sft" else load_network(f"{run}/{'sft' if adapter.exists() else method}", s)
         if method != "sft" and adapter.exists():
             network = importlib.import_module("peft").PeftModel.from_pretrained(network, adapter).eval()
