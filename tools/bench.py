@@ -1,29 +1,19 @@
-"""What a run costs, before it is started: seconds, tokens per second, memory and MFU of an update by phase, and of the run.
+"""What a run costs, before it starts: seconds, tokens per second, memory and MFU of an update by phase, and of the whole run.
 
     python -m tools.bench [--preset tldr] [--model M] [settings of drpo.py]     times drpo.drpo_update, as PPO and as DR-PO
-        --random_weights     the shape of --model (a Pythia size) with random weights, where a model cannot be downloaded
+        --random_weights     the shape of --model (a Pythia size) with random weights: nothing is downloaded
         --lengths FILE       prompts and references of a file and the real tokenizer, instead of synthetic rows
         --iterations N       timed updates of each method (3; --check 1, --peers 5); figures are medians
         --json FILE          the same figures for a program
-    python -m tools.bench --check [settings]    is this device fit for a long run? Minutes. The stages of the tiny preset on the
-        CPU and on --device in float32, and in bfloat16 with LoRA and checkpointing, stopped and resumed; rollouts with a cache
-        against plain forward passes; updates (128 episodes) of --model's shape with random weights
+    python -m tools.bench --check [settings]    is this device fit for a long run? Minutes. Stages of the tiny preset on the CPU
+        and on --device, one of them stopped and resumed; rollouts with a cache against plain passes; updates of --model's shape
     python -m tools.bench --plan [settings]     which Pythia fits on which card: arithmetic, no GPU and no model
     python -m tools.bench --peers               an update here against one in the structure of the official code
 
-Synthetic rows have numbers for words and the lengths of real rows (LENGTHS). With random weights no response ends, so each has
---response_length tokens, more than a trained policy decodes. Small uncounted updates on the longest prompts come first: too
-little memory shows at once. Seconds are wall-clock, the device synchronised between phases. Tokens: those decoded (rollout),
-those of query and response (score), and these times epochs (update). GB: on a GPU what torch allocated at most in a phase, on a
-CPU what was resident at most in the update (Linux). Rates of matrix products and copies are measured, not looked up. MFU: FLOPs
-of the model, without padding and recomputation, over that rate. The full run is one epoch.
-
---peers: both sides have the same weights, adapters, optimizer, rows, reset lengths and micro-batch, in float32 on two threads:
-prompts of 64 to 128 tokens, references of 53, beta 1, 4 epochs, LoRA rank 16. The official structure: `generate` decodes 53
-tokens of every row and a logits processor forces the prefix; prompts are padded to --query_length; four scoring passes over all
-positions, with all hidden states, logits and log-softmax; losses on the official masks. Memory is that of a fresh process.
-Nothing else should run meanwhile: CPU seconds, too, grow when cores and caches are shared. Much of the official side's time is
-glibc's allocator; MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 in the environment turns that off, for both sides.
+Synthetic rows have numbers for words and the lengths of real rows. With random weights no response ends, the worst case.
+Seconds are wall-clock, the device synchronised between phases. Tokens: decoded (rollout), of query and response (score), and
+these times epochs (update). GB: the most that torch allocated in a phase; on a CPU what was resident in the update (Linux).
+MFU: FLOPs of the model, without padding and recomputation, over a measured matrix product's. The full run is one epoch.
 """
 
 import argparse
@@ -32,19 +22,16 @@ import dataclasses
 import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -52,10 +39,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, LogitsProcessorList
 
 import drpo
+from tools.report import table
 
 Shape = namedtuple("Shape", "layers width heads vocabulary")  # of a GPT-NeoX, whose MLP is four times as wide
 PYTHIA = {
@@ -76,35 +63,27 @@ LENGTHS = {
     "tiny": ([45, 46, 48, 49, 50, 52, 54], [5, 5, 17, 21, 22, 27, 30]),
 }
 EPISODES = {"tldr": 116722, "hh": 160800, "tiny": 4000}  # one epoch of the rows that the preset resets to
-PEERS = {"14m": 32, "70m": 16}  # Pythia sizes of --peers: episodes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. The plan. Networks, adapters, optimizer, gradients and cache are exact. Activations are what autograd keeps of
-# transformers' GPT-NeoX with PyTorch's fused attention. Workspaces are rough. On an H100 the update's peak was planned 2 to 5 %
-# above what was measured (Pythia-1b, 2.8b, 6.9b, rank 64; 2.8b, rank 1024).
-
-
+# ---- 1. The plan -------------------------------------------------------------------------------------------------------------
+# Networks, adapters, optimizer, gradients and cache are exact. Activations are what autograd keeps of transformers' GPT-NeoX
+# with PyTorch's fused attention. Workspaces are rough: on an H100 the peak was planned 2 to 5 % above what was measured.
 def activation_bytes(shape, s, cuda=True):
     """What policy and critic keep for one backward pass on a micro-batch of full rows, query_length + response_length tokens.
 
-    Per token and layer, in units of width: q, k, the projection that v is a view of, attention's output: 1 + 1 + 3 + 1;
-    GELU's input: 4; A's input: 1, or with lora_r = 0 the inputs of all four matrices: 1 + 1 + 1 + 4; the norms' input: 1, of
-    which autocast makes two float32 copies on CUDA. Besides: A's output, the softmax's normaliser, the norms' means and
-    deviations; under autocast a bfloat16 copy of each trained matrix. In the first layer nothing before A needs a gradient.
-    At the end: the last norms' input, log-softmax of the response, states at both heads, indices. With checkpointing: the
-    input of every layer, and all this for one layer at a time."""
+    Per token and layer, in widths: q, k, the projection that v is a view of, attention's output: 1 + 1 + 3 + 1; GELU's input 4;
+    A's input: 1, or with lora_r = 0 the inputs of all four matrices: 7; the norms' input: 1, which autocast copies twice in
+    float32 on CUDA. Besides: A's output, softmax's normaliser, the norms' means and deviations; under autocast a bfloat16 copy
+    of each trained matrix. In the first layer nothing before A needs a gradient. At the ends: the last norms' input,
+    log-softmax of the response, states at both heads. With checkpointing: every layer's input, and one layer at a time."""
     (L, d, heads, V), e, r, steps = shape, BYTES[s.dtype], s.lora_r, s.micro_batch * s.response_length
     tokens, autocast, stream = s.micro_batch * s.query_length + steps, s.dtype == "bfloat16", e if r else 4
     norms = 8 if autocast and cuda and r else stream  # stream: bytes of a number between the layers
     layer = tokens * ((e * (10 + (1 if r else 7)) + norms) * d + e * r + 4 * heads + 4 * e)
     layer += autocast * 2 * (4 * r * d if r else 12 * d * d)
     first = tokens * d * (norms + 4 * e) if r else 0
-    ends = (
-        2 * tokens * (4 if autocast and cuda else stream) * d
-        + steps * (4 * V + 4 * d + 40)
-        + (0 if r else e * steps * d + autocast * e * d * V)
-    )
+    ends = 2 * tokens * (4 if autocast and cuda else stream) * d + steps * (4 * V + 4 * d + 40)
+    ends += 0 if r else e * steps * d + autocast * e * d * V
     return ends + (layer + 2 * L * tokens * stream * d if s.checkpoint_activations else 2 * (L * layer - first))
 
 
@@ -136,37 +115,31 @@ def best_plan(shape, most, s, cuda=True):
     """Settings, and "peak" in bytes, of what fits into `most` bytes; None if nothing does. Preferred are, in this order: a high
     rank (at most --lora_r), a micro-batch of 4 or more, no checkpointing, a large micro-batch."""
     highest = s.lora_r or 1024
-    for lora_r in [highest, *(rank for rank in (256, 64, 16) if rank < highest)]:
-        for checkpointing, sizes in ((False, (64, 32, 16, 8, 4)), (True, (64, 32, 16, 8, 4)), (False, (2, 1)), (True, (2, 1))):
-            for size in sizes:
-                one = {"lora_r": lora_r, "micro_batch": size, "checkpoint_activations": checkpointing}
-                peak = plan(shape, dataclasses.replace(s, **one), cuda)["peak"]
-                if peak <= most:
-                    return one | {"peak": peak}
+    ranks = [highest, *(rank for rank in (256, 64, 16) if rank < highest)]
+    sizes = [(c, size) for group in ((64, 32, 16, 8, 4), (2, 1)) for c in (False, True) for size in group]
+    for lora_r, (checkpointing, size) in product(ranks, sizes):
+        one = {"lora_r": lora_r, "micro_batch": size, "checkpoint_activations": checkpointing}
+        peak = plan(shape, dataclasses.replace(s, **one), cuda)["peak"]
+        if peak <= most:
+            return one | {"peak": peak}
 
 
-def cell(one):
-    return (
-        f"{one['lora_r']} x {one['micro_batch']}{'c' * one['checkpoint_activations']} ({one['peak'] / 1e9:.2g})" if one else "-"
-    )
+def cell(lora_r, micro_batch, checkpointing, peak):
+    return f"{lora_r} x {micro_batch}{'c' * checkpointing} ({peak / 1e9:.2g})"
 
 
 def print_plans(s):
-    """The best plan of each size on each card. A card sold as 24 GB has 24 GiB: the 7 % between the two are left to CUDA's
-    context, to workspaces and to fragmentation."""
+    """Prints and returns the best plan of each size on each card. A card sold as 24 GB has 24 GiB: the 7 % between the two are
+    left to CUDA's context, to workspaces and to fragmentation."""
     plans = {size: {card: best_plan(PYTHIA[size], card * 1e9, s) for card in CARDS} for size in list(PYTHIA)[3:]}
-    rows = [["Pythia", *(f"{card} GB" for card in CARDS)], *([size, *map(cell, row.values())] for size, row in plans.items())]
-    print(
-        f"LoRA rank x micro-batch (GB at the peak); c: with --checkpoint_activations; -: none. {s.dtype}, batches of "
-        f"{s.batch_size}, all rows of {s.query_length} + {s.response_length} tokens\n{table(rows)}"
-    )
+    rows = [[size, *(cell(*best.values()) if best else "-" for best in row.values())] for size, row in plans.items()]
+    print("LoRA rank x micro-batch (GB at the peak); c: with --checkpoint_activations; -: none.", end=" ")
+    print(f"{s.dtype}, batches of {s.batch_size}, all rows of {s.query_length} + {s.response_length} tokens")
+    print(table([["Pythia", *(f"{card} GB" for card in CARDS)], *rows]))
     return plans
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. The roles in memory, and the rows they work on.
-
-
+# ---- 2. The roles in memory, and the rows they work on -----------------------------------------------------------------------
 def shape_of(name):
     """The Shape that a model's name speaks of, as EleutherAI/pythia-2.8b-deduped does; None where it speaks of none."""
     size = re.search(r"(?:^|[-/])(\d+(?:\.\d+)?[mb])(?:$|-)", name.lower())
@@ -175,18 +148,11 @@ def shape_of(name):
 
 def random_network(shape, s, seed):
     """A GPTNeoXForCausalLM of that shape, made on the device, in the dtype that drpo.load_network gives it."""
-    L, d, heads, V = shape
-    sizes = {
-        "vocab_size": V,
-        "hidden_size": d,
-        "num_hidden_layers": L,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * d,
-    }
+    sizes = dict(zip(("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"), shape))
+    config = GPTNeoXConfig(**sizes, intermediate_size=4 * shape.width, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(seed)
     with torch.device(s.device):
-        config, dtype = GPTNeoXConfig(**sizes, bos_token_id=None, eos_token_id=None), s.dtype if s.lora_r else "float32"
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype if s.lora_r else "float32"))
 
 
 def build(s, shape=None):
@@ -202,7 +168,7 @@ def build(s, shape=None):
     weight = torch.randn(1, d, generator=drpo.generator(s.seed, "bench head")) / math.sqrt(d + 1)
     roles = drpo.build_roles(network(s.seed), (body, drpo.scalar_head(weight.to(s.device))), s)
     trained = [x for x in (roles.policy, roles.critic, roles.value_head) if x is not None]
-    params = [p for p in nn.ModuleList(trained).parameters() if p.requires_grad]
+    params = [p for p in torch.nn.ModuleList(trained).parameters() if p.requires_grad]
     return roles, torch.optim.AdamW(params, lr=s.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
 
 
@@ -212,6 +178,7 @@ def numbers(text, add_special_tokens=True):
 
 
 numbers.eos_token_id = EOS
+ENDLESS = SimpleNamespace(eos_token_id=-1)  # a tokenizer with which no row ends
 
 
 def synthetic_rows(count, vocabulary, lengths, seed):
@@ -223,19 +190,14 @@ def synthetic_rows(count, vocabulary, lengths, seed):
     return [{"prompt": prompt, "reference": reference} for prompt, reference in zip(*columns)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. What an update costs.
-
-
+# ---- 3. What an update costs -------------------------------------------------------------------------------------------------
 def peak_rss():
     """The most GB that were resident since the last call. Linux knows; elsewhere nan."""
     status = Path("/proc/self/status")
-    if not status.exists():
-        return math.nan
-    peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e9
+    peak = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.exists() else "")
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # from here on anew
-    return peak
+    return int(peak[1]) * 1024 / 1e9 if peak else math.nan
 
 
 def timed_update(roles, optimizer, rows, update, tokenizer, s):
@@ -256,11 +218,11 @@ def device_rates(s):
     """-> FLOP/s of a square matrix product in the networks' dtype, and bytes/s, read and written, of a copy: best of 5."""
     for size in (1024, 2048, 4096, 8192):  # until a product takes 1 ms: of a small one the launch would be measured
         a = torch.randn(size, size, device=s.device).to(getattr(torch, s.dtype))
-        product = min(seconds_of(lambda: a @ a, s, 4) for _ in range(5))
-        if product > 1e-3:
+        seconds = min(seconds_of(lambda: a @ a, s, 4) for _ in range(5))
+        if seconds > 1e-3:
             break
     x = torch.empty(2, 2**27, dtype=torch.uint8, device=s.device)
-    return 2 * size**3 / product, x.nbytes / min(seconds_of(lambda: x[1].copy_(x[0]), s, 8) for _ in range(5))
+    return 2 * size**3 / seconds, x.nbytes / min(seconds_of(lambda: x[1].copy_(x[0]), s, 8) for _ in range(5))
 
 
 def model_flops(roles, s, tokens, decoded):
@@ -286,11 +248,10 @@ def decode_bandwidth(roles, rows, tokenizer, s):
     values so far. The seconds are those of response_length tokens less those of one token, which is prefill."""
     group, T, policy = min(GROUP * s.micro_batch, s.batch_size), s.response_length, roles.policy
     queries = [drpo.encode_query(row["prompt"], tokenizer, s.query_length) for row in (rows * group)[:group]]
-    endless = SimpleNamespace(eos_token_id=-1)  # no row ends
 
     def seconds(width):
         given = policy, queries, [[]] * group, torch.rand(group, width, generator=drpo.generator(s.seed, "bench decode"))
-        return seconds_of(lambda: drpo.rollout(*given, endless, s, s.temperature), s)
+        return seconds_of(lambda: drpo.rollout(*given, ENDLESS, s, s.temperature), s)
 
     with torch.no_grad():
         cache = policy(input_ids=torch.ones(1, 1, dtype=torch.long, device=s.device), use_cache=True).past_key_values
@@ -310,47 +271,37 @@ def about(s):
     return {"device": name, "driver": driver, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def table(rows):
-    """Rows of strings -> aligned lines; the first column to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-
-
 def bench(s, shape, lengths, iterations):
     """Times updates of PPO and of DR-PO and prints what they cost -> all figures. shape: of random weights; None: --model."""
-    matmul, copying = device_rates(s)
-    roles, optimizer = build(s, shape)
-    vocabulary, B = roles.policy.get_input_embeddings().num_embeddings, s.batch_size
+    (matmul, copying), (roles, optimizer), B, tokenizer = device_rates(s), build(s, shape), s.batch_size, numbers
     if lengths:
-        rows, tokenizer = (
-            drpo.load_rows(lengths, "reference", s.seed)[0],
-            drpo.load(drpo.AutoTokenizer, s.tokenizer or s.model, s),
-        )
+        rows = drpo.load_rows(lengths, "reference", s.seed)[0]
+        tokenizer = drpo.load(drpo.AutoTokenizer, s.tokenizer or s.model, s)
     else:
-        rows, tokenizer = synthetic_rows(iterations * B, vocabulary, LENGTHS[s.preset], s.seed), numbers
+        vocabulary = roles.policy.get_input_embeddings().num_embeddings
+        rows = synthetic_rows(iterations * B, vocabulary, LENGTHS[s.preset], s.seed)
+    # To warm up: resets have shapes of their own. On the longest prompts, where too little memory shows at once
     longest = sorted(rows, key=lambda row: -len(row["prompt"]))[: min(GROUP * s.micro_batch, B) // s.group * s.group or B]
-    for beta in (0.0, s.beta):  # to warm up: resets have shapes of their own
+    for beta in (0.0, s.beta):
         small = dataclasses.replace(s, batch_size=len(longest), epochs=1, beta=beta)
         timed_update(roles, optimizer, longest, 1, tokenizer, small)
-    updates = s.updates or max(1, EPISODES.get(s.preset, len(rows)) // B)
-    query = [len(drpo.encode_query(row["prompt"], tokenizer, s.query_length)) for row in drpo.draw(rows, B, 1, s.seed, "rl")]
+    updates, drawn = s.updates or max(1, EPISODES.get(s.preset, len(rows)) // B), drpo.draw(rows, B, 1, s.seed, "rl")
+    query = np.array([len(drpo.encode_query(row["prompt"], tokenizer, s.query_length)) for row in drawn])
     methods, lines = {}, [["", "seconds", "tokens/s", "GB", "MFU"]]
     for name, beta in (("PPO", 0.0), ("DR-PO", s.beta)):
-        given = roles, optimizer, rows
-        runs = [timed_update(*given, i, tokenizer, dataclasses.replace(s, beta=beta)) for i in range(1, iterations + 1)]
-        one = methods[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        tokens = np.array(query) + one["response_tokens"]
-        flops = model_flops(roles, s, tokens, one["tokens_decoded"])
-        counts = {"rollout": one["tokens_decoded"], "score": tokens.sum(), "update": s.epochs * tokens.sum()}
+        given = tokenizer, dataclasses.replace(s, beta=beta)
+        runs = [timed_update(roles, optimizer, rows, i, *given) for i in range(1, iterations + 1)]
+        one = methods[name] = {key: np.median([run[key] for run in runs]) for key in runs[0]}
+        tokens, decoded = query + one["response_tokens"], one["tokens_decoded"]
+        counts = {"rollout": decoded, "score": tokens.sum(), "update": s.epochs * tokens.sum()}
+        flops = model_flops(roles, s, tokens, decoded)
         for phase in PHASES:
-            seconds = one[f"seconds_{phase}"]
+            seconds, gb = one[f"seconds_{phase}"], one[f"gb_{phase}"]
             rate, mfu = counts[phase] / seconds, flops[phase] / seconds / matmul
             one |= {f"tokens_per_second_{phase}": rate, f"mfu_{phase}": mfu}
-            lines.append([f"{name} {phase}", f"{seconds:.2f}", f"{rate:,.0f}", f"{one[f'gb_{phase}']:.2f}", f"{mfu:.0%}"])
-        methods[name] = one | {
-            "hours": updates * sum(one[f"seconds_{phase}"] for phase in PHASES) / 3600,
-            "gb": max(one[f"gb_{phase}"] for phase in PHASES),
-        }
+            lines.append([f"{name} {phase}", f"{seconds:.2f}", f"{rate:,.0f}", f"{gb:.2f}", f"{mfu:.0%}"])
+        hours = updates * sum(one[f"seconds_{phase}"] for phase in PHASES) / 3600
+        one |= {"hours": hours, "gb": max(one[f"gb_{phase}"] for phase in PHASES)}
     share = methods["DR-PO"]["tokens_decoded"] / methods["PPO"]["tokens_decoded"]
     decoding, group = decode_bandwidth(roles, rows, tokenizer, s)
     machine = about(s)
@@ -358,8 +309,7 @@ def bench(s, shape, lengths, iterations):
         f"{', '.join(f'{name} {value}' for name, value in machine.items() if value)}\n{s.model}"
         f"{', random weights' * bool(shape)}, {s.dtype}, lora_r {s.lora_r}, micro_batch {s.micro_batch}\n"
         f"{matmul / 1e12:.3g} TFLOP/s in matrix products, {copying / 1e9:.3g} GB/s in copies, measured here\n"
-        f"{B} episodes, prompts of {statistics.mean(query):.0f} tokens on average; medians of {iterations}\n\n"
-        f"{table(lines)}\n\n"
+        f"{B} episodes, prompts of {query.mean():.0f} tokens on average; medians of {iterations}\n\n{table(lines)}\n\n"
         f"decoding: {decoding / 1e9:.3g} GB/s with {group} rows together, {decoding / copying:.0%} of a copy\n"
         f"resets: DR-PO decodes {share:.2f} of the row-steps of PPO"
     )
@@ -371,9 +321,7 @@ def bench(s, shape, lengths, iterations):
     return machine | rates | more | {"methods": methods}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. --check: does the device compute what the CPU computes?
-
+# ---- 4. --check: does the device compute what the CPU computes? --------------------------------------------------------------
 SHORT = "--preset=tiny --sft_steps=40 --rm_steps=20 --updates=4 --micro_batch=16 --eval_samples=16".split()
 BFLOAT16 = "--dtype=bfloat16 --lora_r=8 --supervised_lora_r=8 --checkpoint_activations=True".split()
 # What is compared of two runs: |a - b| <= limit max(|a|, |b|, floor). In bfloat16 some tokens differ, and so do the scores
@@ -417,10 +365,8 @@ def rollouts_agree(folder, device, flags):
     responses = []
     for where in ("cpu", device):
         s = drpo.parse(["drpo", f"--run_dir={folder / 'cpu'}", f"--device={where}", *SHORT, *flags])[1]
-        tokenizer, rows = (
-            drpo.load(drpo.AutoTokenizer, f"{s.run_dir}/sft", s),
-            drpo.load_rows(s.dataset, "reference", s.seed)[0],
-        )
+        tokenizer = drpo.load(drpo.AutoTokenizer, f"{s.run_dir}/sft", s)
+        rows = drpo.load_rows(s.dataset, "reference", s.seed)[0]
         with torch.no_grad(), drpo.precision(s):
             policy = drpo.load_network(f"{s.run_dir}/sft", s)
             batch = drpo.reset_rollouts(SimpleNamespace(policy=policy), rows, 0, tokenizer, s)
@@ -434,48 +380,43 @@ def rollouts_agree(folder, device, flags):
 
 @torch.no_grad()
 def cached_against_plain(policy, queries, s):
-    """Decodes rows together that never end, then runs a plain forward pass over each row alone. -> verdicts on how far the
-    uniform number of a token lies outside the interval that the plain pass gives the token (0: the same token is drawn), and
-    on ln pi of the tokens drawn."""
-    (n, T), endless, logits = (len(queries), s.response_length), SimpleNamespace(eos_token_id=-1), []
+    """Decodes rows that never end, with a cache, and reads them in one plain pass. -> verdicts on how far the uniform number of
+    a token lies outside the interval that the plain pass gives the token (0: it draws the same token), and on ln pi."""
+    (n, T), logits = (len(queries), s.response_length), []
     uniforms = torch.rand(n, T, generator=drpo.generator(s.seed, "bench uniforms"))
     one = dataclasses.replace(s, micro_batch=max(s.micro_batch, n))  # all rows in one group, in this order
     make = drpo.logits_of  # the one place where logits are made, divided by the temperature
     with patch.object(drpo, "logits_of", lambda *given: logits.append(make(*given)) or logits[-1]):
-        responses = drpo.rollout(policy, queries, [[]] * n, uniforms, endless, one, s.temperature)
-    gaps, differences = [], []
-    for query, response, u, cached in zip(queries, responses, uniforms, torch.stack(logits, 1).cpu()):
-        ids, token = torch.tensor([query + response], device=s.device), torch.tensor(response)[:, None]
-        plain = policy(input_ids=ids, use_cache=False).logits[0, len(query) - 1 : -1].float().cpu()
-        log_p, log_q = (plain / s.temperature).log_softmax(-1), cached.log_softmax(-1)
-        cdf = nn.functional.pad(log_p.exp().cumsum(-1), (1, 0))
-        low, high = [(cdf.gather(1, token + i) / cdf[:, -1:])[:, 0] for i in (0, 1)]
-        gaps.append(torch.maximum(low - u, u - high).clamp(min=0))
-        differences.append((log_p - log_q).gather(1, token).abs().max().item())
-    gaps, same = torch.stack(gaps), f"{(torch.stack(gaps) == 0).float().mean():.1%} of {n * T} tokens are drawn from both"
+        responses = drpo.rollout(policy, queries, [[]] * n, uniforms, ENDLESS, one, s.temperature)
+    batch, token = drpo.collate(queries, responses, T, s.device), torch.tensor(responses)[..., None]
+    before = torch.tensor([[len(query) - 1] for query in queries]) + torch.arange(T)  # (n, T): positions that decide the tokens
+    plain = policy(input_ids=batch["ids"], use_cache=False).logits[torch.arange(n)[:, None], before].float().cpu()
+    log_p, log_q = (plain / s.temperature).log_softmax(-1), torch.stack(logits, 1).cpu().log_softmax(-1)  # (n, T, V)
+    cdf = torch.nn.functional.pad(log_p.exp().cumsum(-1), (1, 0))
+    low, high = [(cdf.gather(2, token + i) / cdf[..., -1:])[..., 0] for i in (0, 1)]
+    gaps, differences = torch.maximum(low - uniforms, uniforms - high).clamp(min=0), (log_p - log_q).gather(2, token).abs()
+    same = f"{(gaps == 0).float().mean():.1%} of {n * T} tokens are drawn from both"
     return [
         {"what": "cache, plain pass: CDF", "found": gaps.max().item(), "limit": PLAIN[s.dtype][0], "more": same},
-        {"what": "cache, plain pass: ln pi", "found": max(differences), "limit": PLAIN[s.dtype][1]},
+        {"what": "cache, plain pass: ln pi", "found": differences.max().item(), "limit": PLAIN[s.dtype][1]},
     ]
 
 
 def resuming_agrees(folder, device, flags):
     """DR-PO on the device, whole, and stopped by SIGTERM in its first update and run again. Yields a verdict on their last
     updates, which are equal on a CPU. On a GPU sums may be taken in another order."""
-    logs, update = {}, drpo.drpo_update
+    update = drpo.drpo_update
 
     def update_and_stop(*given):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return update(*given)
 
-    for name in ("whole", "stopped"):
-        for stage in ("sft", "rm"):
-            shutil.copytree(folder / "cpu" / stage, folder / name / stage)
-        if name == "stopped":
-            with patch.object(drpo, "drpo_update", update_and_stop):
-                done = len(run_stage("drpo", folder / name, device, flags))
-        logs[name] = run_stage("drpo", folder / name, device, flags)
-    whole, stopped = logs.values()
+    for name, stage in product(("whole", "stopped"), ("sft", "rm")):
+        shutil.copytree(folder / "cpu" / stage, folder / name / stage)
+    whole = run_stage("drpo", folder / "whole", device, flags)
+    with patch.object(drpo, "drpo_update", update_and_stop):
+        done = len(run_stage("drpo", folder / "stopped", device, flags))
+    stopped = run_stage("drpo", folder / "stopped", device, flags)
     found, what = farthest(whole[-1], stopped[-1], "bfloat16")
     if done != 1 or [row["update"] for row in stopped] != [row["update"] for row in whole]:
         found, what = math.inf, "updates"
@@ -492,9 +433,7 @@ def check(s, shape, iterations, save):
         try:
             for verdict in work:
                 verdicts.append({"part": name, "ok": verdict["found"] <= verdict["limit"]} | verdict)
-                line = (
-                    f"{verdict['what']:32} {verdict['found']:8.1e}   limit {verdict['limit']:.0e}   {verdict.get('more', '')}"
-                )
+                line = "{what:32} {found:8.1e}   limit {limit:.0e}   {more}".format(**{"more": ""} | verdict)
                 print(f"{'ok    ' if verdicts[-1]['ok'] else 'FAILED'} {name:10} {line.rstrip()}", flush=True)
         except (Exception, SystemExit) as error:  # the other parts still have something to say
             verdicts.append({"part": name, "ok": False, "error": traceback.format_exc()})
@@ -514,30 +453,15 @@ def check(s, shape, iterations, save):
         drpo.stop(f"--check: {failed} of {len(verdicts)} checks failed", 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. --peers: an update here against one in the structure of the official code.
-
-
-def whole(network, ids, mask):
-    """A forward pass as the official code makes it: all positions, and all hidden states kept."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions, "output_hidden_states": True}
-    return network(**given, use_cache=False)
-
-
-def official_logprobs(policy, ids, mask, T, temperature):
-    """log pi of the last T tokens and the entropy, (B, T) each, from all logits and the full log-softmax."""
-    logits = whole(policy, ids, mask).logits[:, -T - 1 : -1] / temperature
-    logprobs = logits.log_softmax(-1).gather(2, ids[:, -T:, None])[..., 0]
-    with torch.no_grad():
-        return logprobs, logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+# ---- 5. --peers: an update here against one in the structure of the official code --------------------------------------------
+# Both sides have the same weights, adapters, optimizer, rows, reset lengths and micro-batch, in float32 on two threads: prompts
+# of 64 to 128 tokens, references of 53, beta 1, 4 epochs, LoRA rank 16. Nothing else should run meanwhile.
+PEERS = {"14m": 32, "70m": 16}  # Pythia sizes: episodes
 
 
 def official_rollouts(policy, rows, update, tokenizer, s):
-    """Rows and resets as of drpo.reset_rollouts, prompts padded to query_length. transformers' generate decodes
-    response_length tokens of every row, and a logits processor forces the prefix.
-
-    -> ids and mask (B, query_length + T), reset_len (B,)."""
+    """Rows and resets as of drpo.reset_rollouts, prompts padded to query_length. transformers' generate decodes T tokens of
+    every row, and a logits processor forces the prefix. -> ids and mask (B, query_length + T), reset_len (B,)."""
     T, Q, rng, done = s.response_length, s.query_length, drpo.generator(s.seed, "rollout", update), []
     episodes = drpo.draw(rows, s.batch_size, update, s.seed, "rl")
     queries = [drpo.encode_query(row["prompt"], tokenizer, Q) for row in episodes]
@@ -560,23 +484,34 @@ def official_rollouts(policy, rows, update, tokenizer, s):
 
 
 def official_update(roles, optimizer, rows, update, tokenizer, s):
-    """One update in the structure of the official code (its drpo.py, lines 720 to 960): every row and token through four
-    separate forward passes, then PPO's epochs, in micro-batches of rows as they come. The losses are ours on the official
-    masks, so that only the structure differs: the policy loss sees what follows the prefix, all other terms see everything."""
-    policy, critic, B, T = roles.policy, roles.critic, s.batch_size, s.response_length
-    ids, mask, reset_len = official_rollouts(policy, rows, update, tokenizer, s)
+    """One update in the structure of the official code (its drpo.py, lines 720 to 960): four forward passes over every row and
+    token, then PPO's epochs, in micro-batches of rows as they come. The losses are ours on the official masks, so that only the
+    structure differs: the policy loss sees what follows the prefix, all other terms see everything."""
+    B, T = s.batch_size, s.response_length
+    ids, mask, reset_len = official_rollouts(roles.policy, rows, update, tokenizer, s)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
 
-    def head_on(head, network, at):
-        return head(whole(network, ids[at], mask[at]).hidden_states[-1])[:, -T - 1 :, 0]
+    def whole(network, at):  # all positions, and all hidden states kept
+        given = {"input_ids": ids[at], "attention_mask": mask[at].long(), "position_ids": positions[at]}
+        return network(**given, output_hidden_states=True, use_cache=False)
+
+    def logprobs_of(network, at):  # ln pi and the entropy, (b, T) each, from all logits and the full log-softmax
+        logits = whole(network, at).logits[:, -T - 1 : -1] / s.temperature
+        with torch.no_grad():
+            entropy = logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+        return logits.log_softmax(-1).gather(2, ids[at, -T:, None])[..., 0], entropy
+
+    def head_on(head, network, at):  # (b, T + 1): from the state before the first token of the response on
+        return head(whole(network, at).hidden_states[-1])[:, -T - 1 :, 0]
 
     is_eos, (logprobs, ref_logprobs, values), scores = ids[:, -T:] == EOS, torch.zeros(3, B, T), torch.zeros(B)
     end, chunks = torch.where(is_eos, torch.arange(T), T - 1).amin(1), torch.arange(B).split(s.micro_batch)
     free, everything = torch.arange(T) >= reset_len[:, None], torch.ones(B, T, dtype=torch.bool)
     with torch.no_grad():
         for at in chunks:
-            logprobs[at], _ = official_logprobs(policy, ids[at], mask[at], T, s.temperature)
-            values[at] = head_on(roles.value_head, critic, at)[:, :-1]
-            ref_logprobs[at], _ = official_logprobs(roles.reference, ids[at], mask[at], T, s.temperature)
+            logprobs[at], _ = logprobs_of(roles.policy, at)
+            values[at] = head_on(roles.value_head, roles.critic, at)[:, :-1]
+            ref_logprobs[at], _ = logprobs_of(roles.reference, at)
             scores[at] = head_on(roles.reward_head, roles.reward, at)[:, 1:].gather(1, end[at, None])[:, 0]
         rewards = -s.kl_coef * (logprobs - ref_logprobs)
         rewards[torch.arange(B), end] += torch.where(is_eos.any(1), scores, s.missing_eos_score)
@@ -585,8 +520,8 @@ def official_update(roles, optimizer, rows, update, tokenizer, s):
         advantages = drpo.masked_whiten(advantages, everything)
     for _ in range(s.epochs):
         for at in chunks:
-            new_logprobs, _ = official_logprobs(policy, ids[at], mask[at], T, s.temperature)
-            new_values = head_on(roles.value_head, critic, at)[:, :-1]
+            new_logprobs, _ = logprobs_of(roles.policy, at)
+            new_values = head_on(roles.value_head, roles.critic, at)[:, :-1]
             pg_loss, _ = drpo.ppo_policy_loss(new_logprobs, logprobs[at], advantages[at], free[at], s.cliprange)
             vf_loss, _ = drpo.ppo_value_loss(new_values, values[at], returns[at], everything[at], s.cliprange_value)
             ((pg_loss + s.vf_coef * vf_loss) * len(at) / B).backward()
@@ -618,38 +553,32 @@ def peers(iterations):
     """Whole updates at beta 1, the two sides in turn; memory, each in a fresh process; row-steps -> all figures."""
     results, lines = {}, [["", *SIDES, "ours / official"]]
     for size, episodes in PEERS.items():
-        given, cpu, wall, steps, gb = {side: peer(size, episodes) for side in SIDES}, [], [], [], []
+        given, spent, steps = {side: peer(size, episodes) for side in SIDES}, {side: [] for side in SIDES}, []
         for update in range(1, iterations + 1):
             for side, work in SIDES.items():
                 began = time.process_time(), time.perf_counter()
                 figures = work(**given[side], update=update)
-                cpu.append(time.process_time() - began[0])
-                wall.append(time.perf_counter() - began[1])
+                spent[side].append((time.process_time() - began[0], time.perf_counter() - began[1]))
             steps.append(figures["tokens_decoded"])  # ours, which comes last
         ours = {**given["ours"], "s": dataclasses.replace(given["ours"]["s"], beta=0.0)}
         at_0 = timed_update(**ours, update=1)["tokens_decoded"]
         del given, ours  # their memory, before others need it
-        for side in SIDES:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                gb.append(pool.submit(peer_memory, size, episodes, side).result())
-        medians = {name: [statistics.median(x[i::2]) for i in (0, 1)] for name, x in (("CPU s", cpu), ("wall s", wall))}
-        results[size] = medians | {"peak GB": gb, "row-steps, ours at beta 0 and 1": [at_0, statistics.mean(steps)]}
-        for name, (a, b) in results[size].items():
-            lines.append([f"{size} {name}", f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"])
+        cpu, wall = [[np.median([pair[i] for pair in spent[side]]) for side in SIDES] for i in (0, 1)]
+        with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # a fresh process for each
+            gb = list(pool.map(peer_memory, [size] * 2, [episodes] * 2, SIDES))
+        steps = [at_0, np.mean(steps)]
+        results[size] = {"CPU s": cpu, "wall s": wall, "peak GB": gb, "row-steps, ours at beta 0 and 1": steps}
+        lines += [[f"{size} {name}", f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"] for name, (a, b) in results[size].items()]
     print(f"medians of {iterations} updates, in turn, on two threads, in float32\n{table(lines)}")
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. The command.
-
-
+# ---- 6. The command ----------------------------------------------------------------------------------------------------------
 def out_of_memory(s, shape):
     """The line to end with: what ran out, and what fits by the plan with as much to spare as in print_plans."""
-    cuda, fit = s.device.startswith("cuda"), None
+    cuda = s.device.startswith("cuda")
     total = torch.cuda.get_device_properties(s.device).total_memory if cuda else math.inf
-    if shape:
-        fit = best_plan(shape, min(total * 1e9 / 2**30, plan(shape, s, cuda)["peak"] - 1), s, cuda)
+    fit = shape and best_plan(shape, min(total * 1e9 / 2**30, plan(shape, s, cuda)["peak"] - 1), s, cuda)
     flags = [f"--{name} {value}" for name, value in (fit or {}).items() if value and name != "peak"]
     less = f"{' '.join(flags)} ({fit['peak'] / 1e9:.2g} GB)" if fit else "nothing smaller"
     have = f"{total / 1e9:.0f} GB" if cuda else "this machine's memory"
@@ -667,30 +596,28 @@ def parse(argv):
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options, given = parser.parse_known_args(argv)
-    if options.iterations is not None and options.iterations < 1:
-        drpo.stop(f"--iterations {options.iterations}: must be 1 or more")
-    if options.check + options.plan + options.peers > 1:
-        drpo.stop("--check, --plan and --peers: one at a time")
-    if options.peers and (given or options.random_weights or options.lengths):
-        drpo.stop("--peers takes --iterations and --json only: its settings are fixed")
+    fixed = options.peers and (given or options.random_weights or options.lengths)
     options.random_weights |= options.check
     small = ["--batch_size=128"] * options.check
     if options.check and drpo.parse(["drpo", *given])[1].device == "cpu":
         small = "--model=pythia-14m --batch_size=16 --dtype=float32 --lora_r=16".split()
     s = drpo.parse(["drpo", "--preset=tldr", *small, *given])[1]
-    try:
-        shape, _ = shape_of(s.model), torch.empty(0, device=s.device)
-    except (RuntimeError, AssertionError) as error:
-        drpo.stop(f"--device {s.device}: {error}")
-    if options.random_weights and not shape:
-        drpo.stop(f"--model {s.model}: random weights need the name of a Pythia size in it: {', '.join(PYTHIA)}")
-    if not options.lengths and s.preset not in LENGTHS:
-        drpo.stop(f"--preset {s.preset}: the lengths of its rows are not known; --lengths FILE takes those of a file")
+    shape, modes = shape_of(s.model), options.check + options.plan + options.peers
+    for wrong, message in (
+        (options.iterations is not None and options.iterations < 1, f"--iterations {options.iterations}: must be 1 or more"),
+        (modes > 1, "--check, --plan and --peers: one at a time"),
+        (fixed, "--peers takes --iterations and --json only: its settings are fixed"),
+        (options.random_weights and not shape, f"--model {s.model}: names no Pythia size, one of {', '.join(PYTHIA)}"),
+        (not options.lengths and s.preset not in LENGTHS, f"--preset {s.preset}: needs --lengths FILE, a file of such rows"),
+    ):
+        if wrong:
+            drpo.stop(message)
+    with drpo.blame(f"--device {s.device}"):
+        torch.empty(0, device=s.device)
     return options, s, shape
 
 
 def main(argv=None):
-    sys.path.append(os.getcwd())  # for module:function
     transformers.logging.set_verbosity_error()
     options, s, shape = parse(argv)
 
@@ -698,10 +625,8 @@ def main(argv=None):
         if options.json:
             options.json.write_text(json.dumps(figures, indent=1))
 
-    try:
+    with drpo.blame(f"--json {options.json}"):
         save({})  # now, not after an hour
-    except OSError as error:
-        drpo.stop(f"--json {options.json}: {error}")
     try:
         if options.plan:
             save(print_plans(s))

@@ -46,6 +46,7 @@ second states your choice, and is either "Preferred: A" or "Preferred: B".
 """
 # The last line of a reply: the choice alone, perhaps quoted, in bold, or named "Summary A"
 VERDICT = re.compile(r"""[\s*_"'`>#-]*Preferred["'*_]*\s*[:：][\s*_"'`(\[]*(?:Summary\s+)?([AB])[\s*_"'`.)\]}]*""")
+PLACE = re.compile(r"\{(prompt|a|b|fence)\}")
 TRIES, HOPELESS = 3, 20  # requests for one question without a verdict; questions without any, after which none is asked
 ATTEMPTS, BACKOFF = 8, 1.0  # of a request while the endpoint fails; seconds before the second one, then doubled each time
 LONGEST_WAIT, TIMEOUT = 600.0, 300.0  # seconds that an endpoint may ask for; seconds for one answer
@@ -99,8 +100,7 @@ def send(url, key, body, parameters):
     """One request -> (status, words, wait). 200: words are the reply, "" if it is missing or was cut off. Otherwise they are
     the endpoint's own, and wait the seconds that it asks for. A 200 that holds no answer, such as an error, counts as 502."""
     try:
-        headers = {"authorization": f"Bearer {key}"}
-        response = get_session().post(url, json=body | parameters, headers=headers, timeout=TIMEOUT)
+        response = get_session().post(url, json=body | parameters, headers={"authorization": f"Bearer {key}"}, timeout=TIMEOUT)
     except (HTTPError, OSError) as error:
         return 0, f"{type(error).__name__}: {error}", 0.0
     status, words, wait = response.status_code, response.text, response.headers.get("retry-after", "")
@@ -176,11 +176,10 @@ def api_judge(model, folder, seed, both_orders=False, judge_prompt=None, base_ur
             orders = (False, True) if both_orders else (int(digest(seed, prompt, right), 16) % 2 == 1,)
             items.append([])
             for swapped in orders if left != right else ():
-                first, second = (right, left) if swapped else (left, right)
-                question = digest(model, template, prompt, first, second)
-                filling = {"prompt": prompt, "a": first, "b": second, "fence": f"-----{question[:8]}-----"}
-                # in one pass, since a text may contain "{b}"
-                texts[question] = re.sub(r"\{(prompt|a|b|fence)\}", lambda place: filling[place[1]], template)
+                shown = {"prompt": prompt, "a": right if swapped else left, "b": left if swapped else right}
+                question = digest(model, template, *shown.values())
+                shown["fence"] = f"-----{question[:8]}-----"
+                texts[question] = PLACE.sub(lambda place: shown[place[1]], template)  # at once: a text may contain "{b}"
                 items[-1].append((question, swapped))
         missing = {question: text for question, text in texts.items() if question not in verdicts}
         size = f"some {sum(map(len, missing.values())) // 4:,} tokens in and {60 * len(missing):,} out"  # 4 characters each
@@ -221,15 +220,14 @@ def main(argv=None):
     said = [(row, row[name]) for name in report.methods_in(samples[:1]) for row in samples]
     try:
         judge = api_judge(args.model, run, settings["seed"], args.both_orders, args.prompt, args.base_url, args.max_tokens)
-        columns = zip(*((row["prompt"], one["response"], row["reference"]) for row, one in said))
-        for (_, one), win in zip(said, judge(*columns)):
-            one["win_rate"] = win
+        wins = judge(*zip(*((row["prompt"], one["response"], row["reference"]) for row, one in said)))
     except (OSError, ValueError) as error:
         drpo.stop(f"judge {args.model}: {error} ({run}/verdicts.jsonl keeps the verdicts)")
     except KeyboardInterrupt:
         drpo.stop(f"interrupted; {run}/verdicts.jsonl keeps the verdicts, and the same command asks the rest", 130)
+    for (_, one), win in zip(said, wins):
+        one["win_rate"] = win
     drpo.write_report(run, samples, settings, judge=f"api:{args.model}")
-    print(report.write(run))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ Several folders, such as a beta ablation, also give one table with the DR-PO of 
 """
 
 import argparse
-import contextlib
 import json
 import math
 import statistics
 import sys
 import textwrap
-from itertools import accumulate, combinations
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +45,10 @@ PAPER = {
         "ppo": ("0.085", "-", "-", "0.236", "0.123", "0.186"), "drpo": ("0.120", "-", "-", "0.295", "0.154", "0.229"),
     },
 }
+THEIRS = (
+    "Theirs: Pythia-2.8B-deduped, judged by GPT-4 against human references; they do not say how KL is estimated. On "
+    "CNN/DailyMail only their SFT model was trained on that data."
+)
 # Student's t, 0.975 quantile, for 1..30 degrees of freedom. Above 30 the last one is used: at most 4 % too wide.
 T975 = [
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -74,15 +77,11 @@ def label(method):
 
 
 def methods_in(rows):
-    """The methods in rows of samples.jsonl or in {method: figures} tables: those of METHODS first, in its order."""
-    found = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, dict))
-    return [name for name in METHODS if name in found] + [name for name in found if name not in METHODS]
+    """The methods that occur in {method: figures} tables or in rows of samples.jsonl, in the order of METHODS."""
+    return [name for name in METHODS if any(name in row for row in rows)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Statistics: pure functions on lists of numbers and texts.
-
-
+# ---- 1. Statistics: pure functions on lists of numbers -----------------------------------------------------------------------
 def spread(values):
     """Values, one per seed, None where a seed lacks it -> their statistics, with the 95 % t-interval of the mean; one value has
     neither std nor interval. None without any value."""
@@ -98,7 +97,7 @@ def spread(values):
 def clopper_pearson(hits, n, alpha=0.05):
     """The exact 1 - alpha interval [low, high] of a share of which `hits` among n were seen."""
 
-    def quantile(k, level):  # the p at which P(X <= k) = level; that probability falls in p
+    def quantile(k, level):  # the p at which P(X <= k) = level, by bisection: the probability falls in p
         low, high = 0.0, 1.0
         for _ in range(60):
             p = (low + high) / 2
@@ -144,18 +143,14 @@ def length_controlled(verdicts, gaps, z=1.96):
     return rate, [low, high]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables.
-
-
+# ---- 2. Tables ---------------------------------------------------------------------------------------------------------------
 def figures_of(report, samples):
     """report.json and samples.jsonl of one run -> {method: figures}: those of report.json, and what only the samples tell."""
-    methods = {}
-    for name in methods_in([report["methods"]]):
-        figures = methods[name] = dict(report["methods"][name])
-        verdicts = [row[name]["win_rate"] for row in samples]
+    methods = {name: dict(report["methods"][name]) for name in methods_in([report["methods"]])}
+    for name, figures in methods.items():
         gaps = [len(row[name]["response"]) - len(row["reference"]) for row in samples]  # in characters, which a judge sees
-        figures["lc_win_rate"], figures["lc_win_rate_ci95"] = length_controlled(verdicts, gaps)
+        rate, interval = length_controlled([row[name]["win_rate"] for row in samples], gaps)
+        figures |= {"lc_win_rate": rate, "lc_win_rate_ci95": interval}
         for key in ("rm_score", "kl", "kl_rm_score"):
             values = [row[name][key] for row in samples]
             mean, error = statistics.fmean(values), statistics.pstdev(values) / math.sqrt(len(values))
@@ -188,7 +183,7 @@ def method_rows(methods, keys, bracketed):
     """{method: figures} -> rows for `table`: these keys of METRICS, those in `bracketed` with range and 95 % interval."""
     rows = [["method", *(METRICS[key][0] for key in keys)]]
     for name, figures in methods.items():
-        cells = {key: number(figures.get(key), METRICS[key][1], ranged=key in bracketed) for key in keys}
+        cells = {key: number(figures.get(key), METRICS[key][1], key in bracketed) for key in keys}
         for key in bracketed:
             interval = figures[key]["ci95"] if isinstance(figures[key], dict) else figures.get(f"{key}_ci95")
             cells[key] += " " + bracket(interval, METRICS[key][1])
@@ -205,26 +200,6 @@ def difference_rows(differences):
     return rows
 
 
-def paper_rows(methods, preset):
-    """{method: figures} -> rows for `table`: each method here and in the paper."""
-    rows = [["method", "", *(METRICS[key][0] for key in PAPER_KEYS)]]
-    for name, theirs in PAPER[preset].items():
-        if name in methods:
-            ours = [number(methods[name].get(key), METRICS[key][1]) for key in PAPER_KEYS]
-            rows += [[METHODS[name], "here", *ours], [METHODS[name], "paper", *theirs]]
-    return rows
-
-
-def measured(report):
-    """How the figures were measured, in lines for below the table."""
-    warning = " (the run's own reward model: NOT independent, it is what was optimised)" if report["judge"] == "rm" else ""
-    return [
-        f"judge: {report['judge']}{warning}",
-        f"{report['prompts']} held-out prompts, sampling temperature {report['settings']['eval_temperature']:g}; "
-        f"KL in nats per response, at the training temperature {report['settings']['temperature']:g}",
-    ]
-
-
 def sample_posts(samples, methods):
     """The first three held-out posts with the response of each method, as indented (verbatim) Markdown blocks."""
     for i, row in enumerate(samples[:3], 1):
@@ -235,9 +210,7 @@ def sample_posts(samples, methods):
         yield f"### Post {i}\n\n" + textwrap.indent("\n".join(textwrap.fill(line, 110) for line in lines), "    ")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures. `folders`: one per seed; `tables`: what `figures_of` gives of each.
-
+# ---- 3. Figures. `folders`: one per seed; `tables`: what `figures_of` gives of each ------------------------------------------
 CURVES = [  # key in metrics.jsonl, the same on held-out prompts, title, unit
     ("score", "kl_rm_score", "Reward-model score", "score (0: references on average)"),
     ("kl", "kl", "KL to the SFT policy", "nats per response"),
@@ -264,11 +237,11 @@ def new_figure(rows, columns, size):
     from matplotlib.figure import Figure  # not pyplot: needs no display, and leaves a notebook's figures alone
 
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes.flat)
+    return figure, axes
 
 
 def draw_log(ax, folders, stage, key, against_tokens=False):
@@ -276,12 +249,11 @@ def draw_log(ax, folders, stage, key, against_tokens=False):
     -> the number of updates that all folders have; with 0 nothing is drawn."""
     logs = [read(path, lines=True) for folder in folders if (path := folder / stage / "metrics.jsonl").exists()]
     logs = [log for log in logs if log and key in log[0]]
-    n = min(map(len, logs), default=0)
-    if n:
+    if n := min(map(len, logs), default=0):
         x, window = range(1, n + 1), n // 20 + 1
         if against_tokens:
-            x = np.mean([list(accumulate(line["tokens_decoded"] for line in log[:n])) for log in logs], 0)
-        y = np.array([[line[key] for line in log[:n]] for log in logs], float)
+            x = np.mean([np.cumsum([line["tokens_decoded"] for line in log[:n]]) for log in logs], 0)
+        y = np.array([[line[key] for line in log[:n]] for log in logs], float)  # (folders, n)
         y = np.stack([y[:, max(0, i - window) : i].mean(1) for i in range(1, n + 1)], 1)
         ax.plot(x, y.mean(0), color=COLOURS[stage], linewidth=2, label=METHODS.get(stage, "reward model"))
         ax.fill_between(x, y.min(0), y.max(0), color=COLOURS[stage], alpha=0.2, linewidth=0)
@@ -296,7 +268,7 @@ def draw_shares(ax, tables):
     for place, name in enumerate(names):
         found = [each[name] for each in tables if name in each and each[name][key] is not None]
         if stats := spread([figures[key] for figures in found]):
-            mean, colour = stats["mean"], COLOURS.get(name, "black")
+            mean, colour = stats["mean"], COLOURS[name]
             low, high = (stats["ci95"] if several else found[0].get(f"{key}_ci95")) or [mean, mean]
             ax.errorbar(place, mean, [[mean - low], [high - mean]], fmt="o", markersize=8, capsize=5, color=colour)
             ax.annotate(f"{mean:.2f}", (place, mean), xytext=(-10, 0), textcoords="offset points", ha="right", va="center")
@@ -308,82 +280,90 @@ def draw_shares(ax, tables):
     ax.set(title=f"{title}, held-out prompts", ylabel="share", xlabel=bars)
 
 
-def draw_curves(folders, tables, path):
-    """curves.png: score, KL and length in training, with their values on held-out prompts, and the win rates."""
+def draw_curves(folders, tables):
+    """Score, KL and length in training, with their values on held-out prompts, and the win rates."""
     figure, axes = new_figure(2, 2, (10, 7.5))
     for ax, (key, held_out, title, unit) in zip(axes, CURVES):
         end = max(draw_log(ax, folders, stage, key) for stage in RL)
+        stats = {name: spread([each[name][held_out] for each in tables if name in each]) for name in ("sft", *RL)}
         for name, place in {"ppo": 1.04 * end, "drpo": 1.07 * end}.items():
-            if stats := spread([each[name][held_out] for each in tables if name in each]):
-                bars = [[stats["mean"] - stats["min"]], [stats["max"] - stats["mean"]]]
-                ax.errorbar(place, stats["mean"], bars, fmt="o", capsize=3, color=COLOURS[name], markeredgecolor="black")
-        if stats := spread([each["sft"][held_out] for each in tables if "sft" in each]):
-            ax.axhline(stats["mean"], color=COLOURS["sft"], linestyle="--", label="SFT, held-out prompts")
+            if of := stats[name]:
+                bars = [[of["mean"] - of["min"]], [of["max"] - of["mean"]]]
+                ax.errorbar(place, of["mean"], bars, fmt="o", capsize=3, color=COLOURS[name], markeredgecolor="black")
+        if stats["sft"]:
+            ax.axhline(stats["sft"]["mean"], color=COLOURS["sft"], linestyle="--", label="SFT, held-out prompts")
         ax.set(title=title, xlabel="update", ylabel=unit)
     draw_shares(axes[3], tables)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     over = f"; mean and range over {len(folders)} seeds" if len(folders) > 1 else ""
     dots = "Dots at the right: held-out prompts, from the bare prompt, after training. Compare methods by the dots."
     figure.suptitle(f"Lines: training rollouts, DR-PO's from its resets{over}.\n{dots}", fontsize=11)
-    figure.savefig(path, dpi=100)
+    return figure
 
 
-def draw_diagnostics(folders, path):
-    """diagnostics.png: what the stages logged. A metric that a run has not logged leaves its panel empty."""
+def draw_diagnostics(folders):
+    """What the stages logged. A metric that a run has not logged leaves its panel empty."""
     figure, axes = new_figure(3, 4, (15, 9))
     for ax, (key, stages, title, axis) in zip(axes, DIAGNOSTICS):
         drawn = sum(draw_log(ax, folders, stage, key, axis.get("xlabel") == TOKENS) for stage in stages)
         ax.set(**{"title": title if drawn else f"{key} ({', '.join(stages)}): not logged", "xlabel": "update", **axis})
     handles = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
-    figure.savefig(path, dpi=100)
+    return figure
 
 
-def draw_frontier(tables, prompts, path):
-    """frontier.png, after the paper's figures 1 and 2: mean RM score against mean KL of the same responses, sampled at the
-    training temperature. One point per method and seed, with standard errors over prompts."""
+def draw_frontier(tables, prompts):
+    """After the paper's figures 1 and 2: mean RM score against mean KL of the same responses, sampled at the training
+    temperature. One point per method and seed, with standard errors over prompts."""
     figure, (ax,) = new_figure(1, 1, (8, 5.5))
     points = {name: [each[name] for each in tables if name in each] for name in methods_in(tables)}
     # DPO moves far from SFT: the axis ends a little beyond the other methods, and words stand for what lies further right
     limit = 1.3 * max([0.5, *(one["kl"] + one["kl_error"] for name in points if name != "dpo" for one in points[name])])
     for name, found in points.items():
-        colour, columns = COLOURS.get(name, "black"), ("kl", "kl_rm_score", "kl_rm_score_error", "kl_error")
         near, far = [[one for one in found if (one["kl"] > limit) == beyond] for beyond in (False, True)]
         if near:
-            ax.errorbar(*([one[key] for one in near] for key in columns), fmt="o", capsize=2, color=colour, label=label(name))
+            columns = [[one[key] for one in near] for key in ("kl", "kl_rm_score", "kl_rm_score_error", "kl_error")]
+            ax.errorbar(*columns, fmt="o", capsize=2, color=COLOURS[name], label=label(name))
         if far:
-            kls = ", ".join(f"{one['kl']:.1f}" for one in far)
-            y = statistics.fmean(one["kl_rm_score"] for one in far)
-            ax.annotate(f"{label(name)}: KL {kls} → ", (limit, y), ha="right", va="center", color=colour)
+            kls, y = ", ".join(f"{one['kl']:.1f}" for one in far), statistics.fmean(one["kl_rm_score"] for one in far)
+            ax.annotate(f"{label(name)}: KL {kls} → ", (limit, y), ha="right", va="center", color=COLOURS[name])
     ax.axhline(0, color="black", linestyle=":", linewidth=1, label="references, on average")
-    ax.set_xlim(right=limit)
     ax.set(
         xlabel="KL to the SFT policy, nats per response: mean of ln π - ln π_SFT over one sample per prompt.\n"
         "A KL is never negative; its estimate can be, by about its standard error.",
         ylabel="RM score of the same samples",
         title=f"A dot per {'seed' if len(tables) > 1 else 'method'}; bars: standard errors over {prompts} prompts",
     )
+    ax.set_xlim(right=limit)
     ax.legend()
-    figure.savefig(path, dpi=100)
+    return figure
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reports.
+# ---- 4. Reports --------------------------------------------------------------------------------------------------------------
+def measured(report):
+    """How the figures were measured, in lines for below the table."""
+    warning = " (the run's own reward model: NOT independent, it is what was optimised)" if report["judge"] == "rm" else ""
+    return [
+        f"judge: {report['judge']}{warning}",
+        f"{report['prompts']} held-out prompts, sampling temperature {report['settings']['eval_temperature']:g}; "
+        f"KL in nats per response, at the training temperature {report['settings']['temperature']:g}",
+    ]
 
 
 def publish(run, folders, tables, methods, report, parts):
-    """Draws the figures and writes report.md: the parts, the paper's table where there is one, figures, settings."""
-    draw_curves(folders, tables, run / "curves.png")
-    draw_diagnostics(folders, run / "diagnostics.png")
-    draw_frontier(tables, report["prompts"], run / "frontier.png")
+    """Saves the figures and report.md: the parts, the paper's table where there is one, figures, settings."""
     if (preset := report["settings"].get("preset")) in PAPER:
-        parts += [
-            "## Beside the paper",
-            "Theirs: Pythia-2.8B-deduped, judged by GPT-4 against human references; they do not say how KL is estimated. On "
-            "CNN/DailyMail only their SFT model was trained on that data.",
-            table(paper_rows(methods, preset), markdown=True),
-        ]
-    for title, name in (("Training", "curves"), ("RM score against KL", "frontier"), ("Diagnostics", "diagnostics")):
+        rows = [["method", "", *(METRICS[key][0] for key in PAPER_KEYS)]]
+        for name, of in methods.items():
+            ours = [number(of.get(key), METRICS[key][1]) for key in PAPER_KEYS]
+            rows += [[label(name), "here", *ours], [label(name), "paper", *PAPER[preset][name]]]
+        parts += ["## Beside the paper", THEIRS, table(rows, markdown=True)]
+    for title, name, figure in (
+        ("Training", "curves", draw_curves(folders, tables)),
+        ("RM score against KL", "frontier", draw_frontier(tables, report["prompts"])),
+        ("Diagnostics", "diagnostics", draw_diagnostics(folders)),
+    ):
+        figure.savefig(run / f"{name}.png", dpi=100)
         parts += [f"## {title}", f"![{title}]({name}.png)"]
     settings = f"```json\n{json.dumps(report['settings'], indent=1)}\n```"
     parts += ["<details><summary>Settings</summary>", settings, "</details>\n"]
@@ -394,17 +374,17 @@ def write_single(run):
     """report.md and figures of one run -> the table for the terminal."""
     report, samples = read(run / "report.json"), read(run / "samples.jsonl", lines=True)
     methods, rm, seconds = figures_of(report, samples), report["rm"], report["seconds"]
-    by_batch = ", ".join(f"{name}: {of['accuracy']:.3f} of {of['pairs']}" for name, of in rm["accuracy_by_batch"].items())
-    each = ", ".join(f"{METHODS.get(stage, stage.upper())} {value:.0f}" for stage, value in seconds.items())
     wins = {name: [row[name]["win_rate"] for row in samples] for name in methods}
-    silent = ", ".join(f"{label(name)} {verdicts.count(None)}" for name, verdicts in wins.items() if None in verdicts)
+    by_batch = ", ".join(f"{name}: {of['accuracy']:.3f} of {of['pairs']}" for name, of in rm["accuracy_by_batch"].items())
+    silent = ", ".join(f"{label(name)} {column.count(None)}" for name, column in wins.items() if None in column)
+    each = ", ".join(f"{METHODS.get(stage, stage.upper())} {value:.0f}" for stage, value in seconds.items())
+    differences = {f"{b} - {a}": paired_bootstrap(wins[b], wins[a]) for a, b in combinations(methods, 2)}
     notes = [
         f"reward model: {rm['accuracy']:.3f} {bracket(rm['accuracy_ci95'], 3)} of the held-out pairs ranked right ({by_batch})",
         *measured(report),
         *[f"responses without a verdict, not counted: {silent}"] * bool(silent),
         f"seconds: {each}; total {sum(seconds.values()):.0f}",
     ]
-    differences = {f"{b} - {a}": paired_bootstrap(wins[b], wins[a]) for a, b in combinations(methods, 2)}
     parts = [
         f"# Run {run.name}",
         "In brackets: 95 % intervals over the prompts. At equal length: the win rate that a logistic regression on the "
@@ -426,13 +406,13 @@ def write_seeds(run, folders):
     reports = [read(folder / "report.json") for folder in folders]
     tables = [figures_of(each, read(folder / "samples.jsonl", lines=True)) for each, folder in zip(reports, folders)]
     seeds, names = [each["settings"]["seed"] for each in reports], methods_in(tables)
-    wins = {name: [each.get(name, {}).get("win_rate") for each in tables] for name in names}
-    methods = {
-        name: {key: spread([each.get(name, {}).get(key) for each in tables]) for key in (*METRICS, "kl_rm_score")}
-        for name in names
-    }
+
+    def by_seed(name, key):
+        return [each.get(name, {}).get(key) for each in tables]
+
+    wins = {name: by_seed(name, "win_rate") for name in names}
     report = {
-        "methods": methods,
+        "methods": {name: {key: spread(by_seed(name, key)) for key in (*METRICS, "kl_rm_score")} for name in names},
         "differences": {
             f"{b} - {a}": spread([x - y if None not in (x, y) else None for x, y in zip(wins[b], wins[a])])
             for a, b in combinations(names, 2)
@@ -443,19 +423,18 @@ def write_seeds(run, folders):
         "settings": {key: value for key, value in reports[0]["settings"].items() if key not in ("seed", "run_dir")},
     }
     (run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-    short, full = [method_rows(methods, keys, ["win_rate"]) for keys in (IN_TERMINAL, METRICS)]
+    short, full = [method_rows(report["methods"], keys, ["win_rate"]) for keys in (IN_TERMINAL, METRICS)]
     if report["settings"].get("dataset") == "toy_text:gate":  # on other data FOUND means nothing
-        hits = [[win >= FOUND for win in wins[name] if win is not None] for name in names]
-        cells = [f"{sum(each)}/{len(each)} {bracket(clopper_pearson(sum(each), len(each)), 2)}" for each in hits]
-        for rows in (short, full):
-            for row, cell in zip(rows, [f"found: seeds >= {FOUND:.2f} [exact 95 %]", *cells]):
-                row.append(cell)
+        cells = [f"found: seeds >= {FOUND:.2f} [exact 95 %]"]
+        for name in names:
+            hits = [win >= FOUND for win in wins[name] if win is not None]
+            cells.append(f"{sum(hits)}/{len(hits)} {bracket(clopper_pearson(sum(hits), len(hits)), 2)}")
+        short, full = [[[*row, cell] for row, cell in zip(rows, cells)] for rows in (short, full)]
     notes = [f"mean ± standard deviation (min-max) [95 % t-interval] over seeds {', '.join(map(str, seeds))}"]
     if gain := report["differences"].get("drpo - ppo"):
         each = ", ".join(number(value, 3) for value in gain["values"])
         notes.append(f"win rate of DR-PO minus PPO: {gain['mean']:+.3f} {bracket(gain['ci95'], 3)}, by seed: {each}")
-    notes += [f"reward model accuracy: {number(report['rm']['accuracy'], 3, ranged=True)}", *measured(reports[0])]
+    notes += [f"reward model accuracy: {number(report['rm']['accuracy'], 3, ranged=True)}", *measured(report)]
     per_seed = [[str(seed), *(number(wins[name][i], 3) for name in names)] for i, seed in enumerate(seeds)]
     parts = [
         f"# Run {run.name}, {len(seeds)} seeds",
@@ -466,7 +445,7 @@ def write_seeds(run, folders):
         "## Win rate of each seed",
         table([["seed", *map(label, names)], *per_seed], markdown=True),
     ]
-    publish(run, folders, tables, methods, report, parts)
+    publish(run, folders, tables, report["methods"], report, parts)
     return "\n".join([table(short), *notes])
 
 
@@ -504,8 +483,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.partition("\n")[0])
     parser.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="what --run_dir of drpo.py was")
     parser.error = fail
-    with contextlib.suppress(AttributeError):  # a stream that is not UTF-8 gets replacements
-        sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # where the terminal is not UTF-8
     try:
         runs = parser.parse_args(argv).run_dir
         for run_dir in runs:

@@ -9,24 +9,25 @@
 """
 
 import argparse
-import contextlib
+import dataclasses
 import sys
 import textwrap
 from itertools import groupby
 from pathlib import Path
+from unittest.mock import patch
 
-import torch
 from transformers import logging
 
 import drpo
 from tools import report
 
 KEPT = 3  # tokens shown of either end of a query
+FIGURES = {"win": ("win_rate", 1), "RM score": ("rm_score", 2), "KL": ("kl", 2), "ROUGE-L": ("rouge_l", 2)}  # decimals
 
 
 def print_row(title, ids, roles, columns, tokenizer):
-    """One line per token of a row, without the middle of a long query. roles: what each token is; columns: {name: a number or
-    text per token}."""
+    """One line per token, without the middle of a long query. roles: what each token is; columns: {name: number or text of
+    each token}."""
     print(f"\n{title}\nposition     id  token               role     " + "".join(f"{name:>11}" for name in columns))
     for role, run in groupby(range(len(ids)), key=roles.__getitem__):
         run = list(run)
@@ -40,16 +41,10 @@ def print_row(title, ids, roles, columns, tokenizer):
                 print(f"{i:8}{ids[i]:7}  {tokenizer.decode([ids[i]])!r:18.18}  {role:9}{cells}")
 
 
-def lengths(row, field, s, tokenizer, T):
-    """How long query and response are, and what was cut."""
-    parts = []
-    for name, encode, text, most in (
-        ("query", drpo.encode_query, row["prompt"], s.query_length),
-        ("response", drpo.encode_response, row[field], T),
-    ):
-        n, whole = [len(encode(text, tokenizer, length)) for length in (most, 10**9)]
-        parts.append(f"{name} {n} tokens" + f", CUT from {whole}" * (n < whole))
-    return "; ".join(parts)
+def length(name, encode, text, tokenizer, most):
+    """How long a query or response is, and what was cut."""
+    n, whole = [len(encode(text, tokenizer, limit)) for limit in (most, 10**9)]
+    return f"{name} {n} tokens" + f", CUT from {whole}" * (n < whole)
 
 
 def show_data(s, number):
@@ -65,69 +60,53 @@ def show_data(s, number):
         ("rm pair, rejected", pairs[number], "rejected", s.preference_length),
     ):
         batch = drpo.encode([row], [field], s, tokenizer, T)
-        ids, Q, last = batch["ids"][0].tolist(), batch["query_len"].item(), len(batch["ids"][0]) - 1
-        roles = ["query" if i < Q else "EOS" if ids[i] == tokenizer.eos_token_id else "response" for i in range(last + 1)]
-        marks = {"predicted": [int(i > 0) for i in range(last + 1)]} if field == "reference" else {}
-        marks |= {} if marks else {"read": ["<-" if i == last else "." for i in range(last + 1)]}
-        print_row(f"{kind} {number}: {lengths(row, field, s, tokenizer, T)}", ids, roles, marks, tokenizer)
+        ids, Q = batch["ids"][0].tolist(), batch["query_len"].item()
+        roles = ["query"] * Q + ["EOS" if token == tokenizer.eos_token_id else "response" for token in ids[Q:]]
+        is_read = {"read": ["."] * (len(ids) - 1) + ["<-"]}
+        marks = {"predicted": [0] + [1] * (len(ids) - 1)} if field == "reference" else is_read
+        query = length("query", drpo.encode_query, row["prompt"], tokenizer, s.query_length)
+        response = length("response", drpo.encode_response, row[field], tokenizer, T)
+        print_row(f"{kind} {number}: {query}; {response}", ids, roles, marks, tokenizer)
 
 
-@torch.no_grad()
 def first_batch(s):
-    """Update 0 of drpo up to its optimizer, as in `drpo.drpo_update` -> tokenizer, and the batch with mask, logprobs, values,
-    rewards and advantages, (B, T) each, and scores (B,)."""
-    run, is_gae = Path(s.run_dir), s.advantages == "gae"
+    """Update 0 of drpo up to its optimizer step -> tokenizer, {name: (B, ...)} as `drpo.step` gets it, {column: (B, T)}."""
+    run, seen = Path(s.run_dir), {}
     for stage in ("sft", "rm"):
         if not (run / stage / "config.json").exists():
             drpo.stop(f"{run}/{stage}: no model; make it with: python drpo.py {stage} --run_dir {run}, or see: tools.show data")
     rows = drpo.load_rows(s.preference_dataset if s.reset_to == "chosen" else s.dataset, "reference", s.seed)[0]
     tokenizer, sft = drpo.load(drpo.AutoTokenizer, f"{run}/sft", s), drpo.load_network(f"{run}/sft", s, trained=not s.lora_r)
-    roles = drpo.build_roles(sft, drpo.load_reward(f"{run}/rm", s, trained=is_gae and not s.lora_r), s)
-
-    batch = drpo.reset_rollouts(roles, rows, 0, tokenizer, s)
-    mask = drpo.token_mask(batch["reset_len"], batch["response_len"], s.response_length)
-    logprobs, ref_logprobs, values = torch.zeros(3, *mask.shape, device=s.device)
-    scores = torch.zeros(len(mask), device=s.device)
-    for index, part in drpo.micro_batches(batch, s.micro_batch):
-        logprobs[index], _ = drpo.response_logprobs(roles.policy, part, mask[index], s.temperature)
-        ref_logprobs[index], _ = drpo.response_logprobs(roles.reference, part, mask[index], s.temperature)
-        scores[index] = drpo.end_scores(roles.reward, roles.reward_head, part)
-        if is_gae:
-            values[index] = drpo.response_values(roles.critic, roles.value_head, part, mask[index])
-    scores = torch.where(batch["has_eos"], scores, s.missing_eos_score)
-    rewards = drpo.penalised_rewards(scores, logprobs, ref_logprobs, mask, s.kl_coef)
-    if is_gae:
-        rewards = drpo.masked_whiten(rewards, mask, shift_mean=False) if s.whiten_rewards else rewards
-        advantages, _ = drpo.gae(rewards, values, mask, s.gamma, s.lam)
-    else:
-        advantages = drpo.rloo_advantages(rewards.sum(1), s.group)[:, None].expand_as(rewards)
-    advantages = drpo.masked_whiten(advantages, mask)
-    steps = {"mask": mask.int(), "logprob": logprobs, "value": values, "reward": rewards, "advantage": advantages}
-    return tokenizer, batch | {"steps": steps, "scores": scores}
+    roles = drpo.build_roles(sft, drpo.load_reward(f"{run}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
+    with patch.multiple(drpo, step=lambda *given: seen.update(given[-1]) or 0.0, stop=lambda message, status: print(message)):
+        drpo.drpo_update(roles, None, rows, 0, tokenizer, dataclasses.replace(s, epochs=1), "check")  # told, if one fails
+    mask = drpo.token_mask(seen["reset_len"], seen["response_len"], s.response_length)
+    rewards = drpo.penalised_rewards(seen["scores"], seen["logprobs"], seen["ref_logprobs"], mask, s.kl_coef)
+    if s.advantages == "gae" and s.whiten_rewards:
+        rewards = drpo.masked_whiten(rewards, mask, shift_mean=False)
+    columns = {"mask": mask.int(), "logprob": seen["logprobs"], "value": seen["values"], "reward": rewards}
+    return tokenizer, seen, columns | {"advantage": seen["advantages"]}
 
 
 def show_row(s, number):
     """One training row of drpo. The state that decides a token stands one line above it: there logprob and value are read."""
-    tokenizer, batch = first_batch(s)
     if number >= s.batch_size:
         drpo.stop(f"--row {number}: must be below --batch_size {s.batch_size}")
-    Q, R, reset = [batch[name][number].item() for name in ("query_len", "response_len", "reset_len")]
-    ids = batch["ids"][number, : Q + R].tolist()
-    roles = ["query"] * Q + ["reset"] * reset + ["sampled"] * (R - reset)
-    if ids[-1] == tokenizer.eos_token_id:
-        roles[-1] = "EOS"
+    tokenizer, batch, steps = first_batch(s)
+    one = {name: x[number] for name, x in batch.items()}
+    Q, R, reset = [one[name].item() for name in ("query_len", "response_len", "reset_len")]
+    ids, ended = one["ids"][: Q + R].tolist(), one["has_eos"].item()
+    roles = ["query"] * Q + ["reset"] * reset + ["sampled"] * (R - reset - ended) + ["EOS"] * ended
     columns = {"t": ["."] * Q + list(range(R))}
-    for name, x in batch["steps"].items():  # nothing is computed for the prefix: the mask is 0 there
-        on_prefix = [0 if name == "mask" else "."] * reset
-        columns[name] = ["."] * Q + on_prefix + x[number, reset:R].tolist()
+    for name, x in steps.items():  # nothing is computed for the prefix: the mask is 0 there
+        columns[name] = ["."] * Q + [0 if name == "mask" else "."] * reset + x[number, reset:R].tolist()
     print(
         f"beta {s.beta:g}, reset to {s.reset_to}, temperature {s.temperature:g}, kl_coef {s.kl_coef:g}, {s.advantages}.\n"
         "logprob, value: of the state that decides the token, which stands one line above it.\n"
         "reward: -kl_coef (ln pi - ln pi_SFT), which is 0 before training, and the score at the last token."
     )
-    end = "ends with EOS" if batch["has_eos"][number] else "NO EOS"
-    title = f"rollout {number}: {reset} of {R} tokens from the reset; {end}; score {batch['scores'][number]:.3f}"
-    print_row(title, ids, roles, columns, tokenizer)
+    title = f"rollout {number}: {reset} of {R} tokens from the reset; {'ends with EOS' if ended else 'NO EOS'}"
+    print_row(f"{title}; score {one['scores']:.3f}", ids, roles, columns, tokenizer)
 
 
 def show_sample(run, number):
@@ -137,17 +116,13 @@ def show_sample(run, number):
     samples = report.read(run / "samples.jsonl", lines=True)
     if number >= len(samples):
         drpo.stop(f"--sample {number}: {run}/samples.jsonl has {len(samples)} rows")
-    row = samples[number]
-    said = {name: row[name] for name in report.methods_in([row])}
-    cells = [["", "win", "RM score", "KL", "ROUGE-L", "tokens", "EOS"]]
-    for name, of in said.items():
-        figures = [
-            report.number(of[key], digits) for key, digits in (("win_rate", 1), ("rm_score", 2), ("kl", 2), ("rouge_l", 2))
-        ]
+    row, cells = samples[number], [["", *FIGURES, "tokens", "EOS"]]
+    texts = {"prompt": row["prompt"], "reference": row["reference"]}
+    for name in report.methods_in([row]):
+        of = row[name]
+        figures = [report.number(of[key], digits) for key, digits in FIGURES.values()]
         cells.append([report.label(name), *figures, str(of["response_tokens"]), "yes" if of["eos_rate"] else "NO"])
-    texts = {"prompt": row["prompt"], "reference": row["reference"]} | {
-        report.label(name): said[name]["response"] for name in said
-    }
+        texts[report.label(name)] = of["response"]
     for name, text in texts.items():
         print(name + "\n" + "\n".join(textwrap.indent(textwrap.fill(line, 110), "    ") for line in text.splitlines()) + "\n")
     print(report.table(cells))
@@ -167,8 +142,7 @@ def main(argv=None):
     parser.error = drpo.stop
     args, given = parser.parse_known_args(argv)
     logging.disable_progress_bar()
-    with contextlib.suppress(AttributeError):  # a stream that is not UTF-8 gets replacements
-        sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # where the terminal is not UTF-8
     if min(args.row, args.sample) < 0:
         drpo.stop("--row and --sample count from 0")
     if args.what not in ("data", "row"):

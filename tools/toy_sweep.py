@@ -1,21 +1,21 @@
-"""The detour lock over H, beta, lambda, count bonus, labelled pairs and other locks: tables without verdicts.
+"""The detour lock over H, beta, lambda, labelled pairs and other locks: tables without verdicts.
 
     python toy_env.py --full [--seeds 100 101 ...] [--out DIR]       the sweep on ten seeds: about an hour on two cores
     python -m tools.toy_sweep --tune [--seeds 0 1] [--out DIR]       PPO's own grid, on seeds that are not reported
 
-Writes DIR/sweep.json, sweep.md, growth.png, pairs.png and beta_lambda.png; with --tune DIR/tuning.json and tuning.md. Each run
-is appended to DIR/sweep.jsonl when it is done, and the same command resumes with the runs that are missing there.
+Writes DIR/sweep.json, sweep.md and growth.png; with --tune DIR/tuning.json and tuning.md. Each run is appended to
+DIR/sweep.jsonl (tuning.jsonl) when it is done, and the same command resumes with the runs that are missing there.
 """
 
 import argparse
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
 import os
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
@@ -31,26 +31,54 @@ PARTS = {  # title and further columns of each part's table
     "growth": ("Growth with H", ["mixture"]),
     "beta": ("Share of resets, H = 20", []),
     "beta_lambda": ("beta against the KL coefficient lambda, within 300k episodes, H = 20", []),
-    "bonus": ("PPO with a count bonus, by its coefficient, H = 20", []),
-    "resets": ("What DR-PO is reset to, H = 20", []),
     "pairs": ("Reward error: DR-PO with few labelled pairs, H = 20", ["hacked_learned", "hacked_true", "best_learned"]),
     "locks": ("Locks on which PPO keeps more of its coverage, H = 20", []),
-    "uniform": ("PPO from a uniform policy on the plain lock, true reward", []),
     "tune": ("PPO's own grid, H = 20", []),
 }
-COLOURS = {
-    **toy_env.COLOURS,
-    "PPO, count bonus": "#CC79A7",
-    "DR-PO with RLOO": "#56B4E9",
-    "DR-PO with NPG (Algorithm 3)": "#009E73",
-}
-TABULAR = ("DPO", "fitted Q on the learned reward")
-GROWTH = ("PPO", "PPO, tuned", "PPO, count bonus", "DR-PO", "DR-PO with RLOO", "DR-PO with NPG (Algorithm 3)", *TABULAR)
-BETAS, LAMBDAS = (0.1, 0.25, 0.5, 1.0), (0.0, 0.001, 0.01, 0.03, 0.1, 0.3)  # of the heat map
+COLOURS = toy_env.COLOURS | {"PPO, count bonus": "#CC79A7", "DR-PO with RLOO": "#56B4E9"}
+COLOURS |= {"DR-PO with NPG (Algorithm 3)": "#009E73"}
+GROWTH = ("PPO", "PPO, tuned", "PPO, count bonus", "DR-PO", "DR-PO with RLOO", "DR-PO with NPG (Algorithm 3)")
 
 
-def plain_lock(H, A, keep, seed):
-    """The chain alone: a wrong action ends the episode. The behaviour policy is right with probability `keep`. -> Lock"""
+# ---- 1. The runs: dicts of part, name (a line of the part's table), seed, and settings of `toy_env.learn` --------------------
+def runs_of(part, name, seeds, **settings):
+    return [{"part": part, "name": name, "seed": seed, "H": 20, **settings} for seed in seeds]
+
+
+def plan(seeds):
+    """The runs of the sweep."""
+    runs, few = [], seeds[:3]
+    for row, H in product((*GROWTH, "DPO", "fitted Q on the learned reward"), (40, 30, 20, 10)):  # the longest first
+        settings = {**toy_env.ROWS[row], "H": H, "budget": 1_200_000, "run_on": "NPG" in row}
+        runs += runs_of("growth", f"{row}, H = {H}", seeds, **settings)
+    for beta in (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
+        runs += runs_of("beta", f"beta = {beta}", seeds, beta=beta, budget=3_000_000)
+    for beta, kl_coef in product((0.1, 0.25, 0.5, 1.0), (0.0, 0.001, 0.01, 0.03, 0.1, 0.3)):
+        name = f"beta = {beta}, lambda = {kl_coef}"
+        runs += runs_of("beta_lambda", name, few, beta=beta, kl_coef=kl_coef, budget=300_000)
+    for pairs in (1000, 2000, 5000, 10_000, 50_000):
+        runs += runs_of("pairs", f"{pairs} pairs", seeds, beta=0.5, pairs=pairs, budget=400_000, run_on=True)
+    for name, beta in (("PPO", 0.0), ("DR-PO", 0.5)):
+        for c in (0.0, 0.5, 1.0, 4.0):
+            runs += runs_of("locks", f"{name}, corridor costs c = {c}", few, beta=beta, c=c, budget=1_000_000)
+        for keep in (0.95, 0.9):  # 1 - 1/H, 1 - 2/H
+            plain, line = {"A": 10, "keep": keep}, f"{name}, plain lock, data right {keep:.0%}"
+            runs += runs_of("locks", line, seeds, beta=beta, plain=plain, budget=1_000_000)
+    return runs
+
+
+def grid(seeds):
+    """The runs of --tune: PPO at H = 20."""
+    runs, weights = [], [(False, e) for e in (0.0, 1.0, 3.0, 10.0)] + [(True, e) for e in (2.0, 8.0)]
+    for batch, kl_coef, (whiten, entropy) in product((512, 1024, 4096), (0.0, 0.001, 0.01), weights):
+        settings = {"batch": batch, "kl_coef": kl_coef, "entropy": entropy, "whiten": whiten}
+        runs += runs_of("tune", str(settings), seeds, beta=0.0, budget=1_000_000, **settings)
+    return runs
+
+
+@functools.lru_cache(maxsize=1)
+def plain_problem(seed, H, A, keep):
+    """As `toy_env.problem`, for the chain alone: a wrong action ends the episode. The data is right with probability `keep`."""
     good, h = torch.randint(A, (H,), generator=drpo.generator(seed, "lock")), torch.arange(H)
     transition, reward = torch.eye(3)[toy_env.END].repeat(H, 3, A, 1), torch.zeros(H, 3, A)
     transition[h[:-1], toy_env.CHAIN, good[:-1]] = torch.eye(3)[toy_env.CHAIN]
@@ -58,16 +86,8 @@ def plain_lock(H, A, keep, seed):
     behaviour = torch.full((H, 3, A), 1 / A)
     behaviour[:, toy_env.CHAIN] = (1 - keep) / (A - 1)
     behaviour[h, toy_env.CHAIN, good] = keep
-    return toy_env.Lock(transition, reward, behaviour)
-
-
-@functools.lru_cache(maxsize=1)
-def plain_problem(seed, H, A, keep):
-    """As `toy_env.problem`, for the plain lock. With keep = 1 / A the SFT policy is uniform and the reward the true one."""
-    lock = plain_lock(H, A, keep, seed)
-    data = toy_env.collect(lock, lock.behaviour, 100_000, drpo.generator(seed, "data"))
-    if keep == 1 / A:
-        return lock, data, None, lock.behaviour, lock.reward
+    lock = toy_env.Lock(transition, reward, behaviour)
+    data = toy_env.collect(lock, behaviour, 100_000, drpo.generator(seed, "data"))
     pairs = toy_env.label(lock, data, drpo.generator(seed, "labels"))
     return lock, data, pairs, toy_env.clone(data, A), toy_env.fit_reward(data, pairs, A)
 
@@ -88,59 +108,6 @@ def execute(run):
     result = toy_env.learn(**settings)
     result.pop("curve", None)
     return result | (reward_error(run["seed"], run["H"], run["pairs"]) if run["part"] == "pairs" else {})
-
-
-def plan(seeds):
-    """The runs of the sweep: dicts of part, name (a line of the part's table), seed, and settings of `toy_env.learn`."""
-    runs = []
-
-    def add(part, name, seeds=seeds, **settings):
-        runs.extend({"part": part, "name": name, "seed": seed, "H": 20, **settings} for seed in seeds)
-
-    for row, H in itertools.product(GROWTH, (40, 30, 20, 10)):  # the longest first
-        settings = {**toy_env.ROWS[row], "H": H, "budget": 1_200_000, "run_on": "NPG" in row}
-        add("growth", f"{row}, H = {H}", **settings)
-    for beta in (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0):
-        add("beta", f"beta = {beta}", beta=beta, budget=3_000_000)
-    for beta, kl_coef in itertools.product(BETAS, LAMBDAS):
-        add("beta_lambda", f"beta = {beta}, lambda = {kl_coef}", seeds[:3], beta=beta, kl_coef=kl_coef, budget=300_000)
-    for bonus in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0):
-        add("bonus", f"coefficient {bonus}", seeds[:3], beta=0.0, bonus=bonus, budget=1_000_000)
-    for reset_to, name in (
-        ("half", "first half of the data"),
-        ("chain", "data without the corridor"),
-        ("30", "30 trajectories"),
-    ):
-        add("resets", name, beta=0.5, reset_to=reset_to, budget=1_000_000)
-    for pairs in (1000, 2000, 5000, 10_000, 50_000):
-        add("pairs", f"{pairs} pairs", beta=0.5, pairs=pairs, budget=400_000, run_on=True)
-    for name, beta in (("PPO", 0.0), ("DR-PO", 0.5)):
-        for c in (0.0, 0.5, 1.0, 4.0):
-            add("locks", f"{name}, corridor costs c = {c}", seeds[:3], beta=beta, c=c, budget=1_000_000)
-        for keep in (0.95, 0.9):  # 1 - 1/H, 1 - 2/H
-            add(
-                "locks",
-                f"{name}, plain lock, data right {keep:.0%}",
-                beta=beta,
-                plain={"A": 10, "keep": keep},
-                budget=1_000_000,
-            )
-    for A, H in [(2, H) for H in (12, 14, 16, 18)] + [(5, H) for H in (6, 7, 8, 9)]:
-        plain = {"A": A, "keep": 1 / A}
-        add("uniform", f"A = {A}, H = {H}", H=H, beta=0.0, entropy=0.2, plain=plain, budget=6_000_000)
-    return runs
-
-
-def grid(seeds):
-    """The runs of --tune: PPO at H = 20."""
-    return [
-        {"part": "tune", "name": str(settings), "seed": seed, "beta": 0.0, "budget": 1_000_000, **settings}
-        for batch, kl_coef, (whiten, entropy) in itertools.product(
-            (512, 1024, 4096), (0.0, 0.001, 0.01), [(False, e) for e in (0.0, 1.0, 3.0, 10.0)] + [(True, e) for e in (2.0, 8.0)]
-        )
-        for settings in [{"batch": batch, "kl_coef": kl_coef, "entropy": entropy, "whiten": whiten}]
-        for seed in seeds
-    ]
 
 
 def in_parallel(function, tasks):
@@ -168,10 +135,14 @@ def carry_out(runs, path, imap=in_parallel):
     return [{**run, **done[json.dumps(run)]} for run in runs]
 
 
+# ---- 2. Tables and figures ---------------------------------------------------------------------------------------------------
 def by_name(results, part):
     """{name: its runs}, of one part."""
-    names = dict.fromkeys(run["name"] for run in results if run["part"] == part)
-    return {name: [run for run in results if (run["part"], run["name"]) == (part, name)] for name in names}
+    lines = {}
+    for run in results:
+        if run["part"] == part:
+            lines.setdefault(run["name"], []).append(run)
+    return lines
 
 
 def table(lines, extra=()):
@@ -189,7 +160,7 @@ def draw_growth(results, path):
     """Episodes until solved against H: a dot per seed, hollow at the end of the budget where it was not solved."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
-    for place, row in enumerate(row for row in GROWTH if row not in TABULAR):
+    for place, row in enumerate(GROWTH):
         for run in [run for run in results if run["part"] == "growth" and run["name"].startswith(f"{row}, H")]:
             x, y, face = run["H"] + place - 2.5, run["solved"] or run["budget"], COLOURS[row] if run["solved"] else "white"
             ax.plot(x, y, "o", color=COLOURS[row], mfc=face, ms=4)
@@ -200,57 +171,25 @@ def draw_growth(results, path):
     figure.savefig(path, dpi=150)
 
 
-def draw_pairs(results, path):
-    """Returns against the number of labelled pairs, means over seeds."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ax = figure.subplots()
-    lines = by_name(results, "pairs")
-    for key, label, colour, style in (
-        ("hacked_learned", "best policy for the learned reward: learned return", "#CC79A7", "--"),
-        ("hacked_true", "best policy for the learned reward: true return", "#CC79A7", "-"),
-        ("best_learned", "best policy: learned return", "grey", "--"),
-        ("value", "DR-PO: true return", COLOURS["DR-PO"], "-"),
-    ):
-        x = [runs[0]["pairs"] for runs in lines.values()]
-        ax.plot(x, [mean(run[key] for run in runs) for runs in lines.values()], style, color=colour, marker="o", label=label)
-    ax.set(xlabel="labelled pairs", ylabel="return (best: 1)", xscale="log")
-    ax.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
-def draw_beta_lambda(results, path):
-    """The share of seeds solved within the budget, by beta and lambda."""
-    lines = by_name(results, "beta_lambda")
-    share = {name: mean(run["solved"] is not None for run in runs) for name, runs in lines.items()}
-    table = torch.tensor(list(share.values())).view(len(BETAS), len(LAMBDAS)).numpy()
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    ax = figure.subplots()
-    ax.imshow(table, vmin=0, vmax=1, origin="lower", cmap="cividis", aspect="auto")
-    for (y, x), value in zip(itertools.product(range(len(BETAS)), range(len(LAMBDAS))), share.values()):
-        ax.text(x, y, f"{value:.0%}", ha="center", va="center", color="white" if value < 0.5 else "black")
-    ax.set(xlabel="KL coefficient", ylabel="beta", title="Seeds solved within 300k episodes")
-    ax.set_xticks(range(len(LAMBDAS)), LAMBDAS)
-    ax.set_yticks(range(len(BETAS)), BETAS)
-    figure.savefig(path, dpi=150)
-
-
 def write(results, out, name):
     """DIR/name.json and DIR/name.md: the results, and a table per part."""
     (out / f"{name}.json").write_text("[" + ",\n".join(map(json.dumps, results)) + "]\n")
-    titles = [part for part in PARTS if by_name(results, part)]
-    (out / f"{name}.md").write_text(
-        "\n".join(f"## {PARTS[part][0]}\n\n{table(by_name(results, part), PARTS[part][1])}" for part in titles)
-    )
+    parts = [(title, by_name(results, part), extra) for part, (title, extra) in PARTS.items()]
+    page = "\n".join(f"## {title}\n\n{table(lines, extra)}" for title, lines, extra in parts if lines)
+    (out / f"{name}.md").write_text(page)
+    print(page)
 
 
 def sweep(seeds, out):
     """The whole sweep on these seeds -> exit status 0. Everything goes to the folder `out`."""
     results = carry_out(plan(list(seeds)), out / "sweep.jsonl")
+    draw_growth(results, out / "growth.png")
     write(results, out, "sweep")
-    for draw, name in ((draw_growth, "growth"), (draw_pairs, "pairs"), (draw_beta_lambda, "beta_lambda")):
-        draw(results, out / f"{name}.png")
-    print((out / "sweep.md").read_text())
     return 0
+
+
+def score(runs):
+    return sum(run["solved"] is not None for run in runs), mean(run["value"] for run in runs)
 
 
 def main(argv=None):
@@ -268,10 +207,8 @@ def main(argv=None):
     if not args.tune:
         return sweep(args.seeds or range(100, 110), args.out)
     results = carry_out(grid(args.seeds or [0, 1]), args.out / "tuning.jsonl")
-    lines = by_name(results, "tune")
-    score = {name: (sum(r["solved"] is not None for r in runs), mean(r["value"] for r in runs)) for name, runs in lines.items()}
-    write(sorted(results, key=lambda run: score[run["name"]], reverse=True), args.out, "tuning")
-    print((args.out / "tuning.md").read_text())
+    best = sorted(by_name(results, "tune").values(), key=score, reverse=True)
+    write([run for runs in best for run in runs], args.out, "tuning")
     return 0
 
 
