@@ -77,27 +77,30 @@ def activation_bytes(shape, s, cuda=True):
     of each trained matrix. In the first layer nothing before A needs a gradient. At the ends: the last norms' input,
     log-softmax of the response, states at both heads. With checkpointing: every layer's input, and one layer at a time."""
     (L, d, heads, V), e, r, steps = shape, BYTES[s.dtype], s.lora_r, s.micro_batch * s.response_length
+    n = 1 + (s.advantages == "gae")  # networks that are trained: RLOO has no critic
     tokens, autocast, stream = s.micro_batch * s.query_length + steps, s.dtype == "bfloat16", e if r else 4
     norms = 8 if autocast and cuda and r else stream  # stream: bytes of a number between the layers
     layer = tokens * ((e * (10 + (1 if r else 7)) + norms) * d + e * r + 4 * heads + 4 * e)
     layer += autocast * 2 * (4 * r * d if r else 12 * d * d)
     first = tokens * d * (norms + 4 * e) if r else 0
-    ends = 2 * tokens * (4 if autocast and cuda else stream) * d + steps * (4 * V + 4 * d + 40)
+    ends = n * tokens * (4 if autocast and cuda else stream) * d + steps * (4 * V + 4 * d + 40)
     ends += 0 if r else e * steps * d + autocast * e * d * V
-    return ends + (layer + 2 * L * tokens * stream * d if s.checkpoint_activations else 2 * (L * layer - first))
+    return ends + (layer + n * L * tokens * stream * d if s.checkpoint_activations else n * (L * layer - first))
 
 
 def plan(shape, s, cuda=True):
     """-> {what: bytes} if all rows are full. "peak" is the larger of "rollout" and "update"."""
     (L, d, _, V), e, r, rows = shape, BYTES[s.dtype], s.lora_r, min(GROUP * s.micro_batch, s.batch_size)
-    length = s.query_length + s.response_length
+    length, n = s.query_length + s.response_length, 1 + (s.advantages == "gae")
     body = V * d + L * (12 * d * d + 13 * d) + 2 * d  # embedding, layers, last norm
-    both, adapters = 2 * body + V * d, 2 * L * 4 * r * d  # only the policy has the head over the vocabulary
-    trained = (adapters if r else both) + d + 1  # with the value head
+    both, adapters = 2 * body + V * d, n * L * 4 * r * d  # only the policy has the head over the vocabulary
+    networks = n * body + V * d  # policy and critic
+    trained = (adapters if r else networks) + (n - 1) * (d + 1)  # with the value head
+    tensors = n * (2 * L if r else 12 * L + 3) + (r == 0) + 2 * (n - 1)
     size = {
-        "networks": both * (e if r else 2 * 4) + 2 * 4 * (d + 1),  # lora_r = 0: and the frozen twins
+        "networks": (both * e if r else networks * 2 * 4 + (2 - n) * body * e) + n * 4 * (d + 1),  # lora_r = 0: and the twins
         "adapters": 4 * adapters,
-        "optimizer": 8 * trained + 4 * ((4 * L if r else 24 * L + 7) + 2),  # AdamW counts the steps of each tensor
+        "optimizer": 8 * trained + 4 * tensors,  # AdamW counts the steps of each tensor
         "gradients": 4 * trained,
         "cache": 2 * L * d * (e if r else 4) * rows * (length - 1),  # autocast leaves keys that it rotates float32
         "activations": activation_bytes(shape, s, cuda),
@@ -146,27 +149,27 @@ def shape_of(name):
     return PYTHIA.get(size[1]) if size else None
 
 
-def random_network(shape, s, seed):
+def random_network(shape, s, seed, trained):
     """A GPTNeoXForCausalLM of that shape, made on the device, in the dtype that drpo.load_network gives it."""
     sizes = dict(zip(("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"), shape))
     config = GPTNeoXConfig(**sizes, intermediate_size=4 * shape.width, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(seed)
     with torch.device(s.device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, s.dtype if s.lora_r else "float32"))
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if trained else getattr(torch, s.dtype))
 
 
 def build(s, shape=None):
     """-> (roles, optimizer) as in drpo.train_drpo: of random weights where a shape is given, else of --model, twice."""
 
-    def network(seed):
-        random = patch.object(drpo, "load", lambda *args, **kwargs: random_network(shape, s, seed))
+    def network(seed, trained):
+        random = patch.object(drpo, "load", lambda *args, **kwargs: random_network(shape, s, seed, trained))
         with random if shape else contextlib.nullcontext():
-            return drpo.load_network(s.model, s, trained=not s.lora_r)
+            return drpo.load_network(s.model, s, trained=trained)
 
-    body = network(s.seed + 1).base_model
+    body = network(s.seed + 1, not s.lora_r and s.advantages == "gae").base_model
     d = body.get_input_embeddings().embedding_dim
     weight = torch.randn(1, d, generator=drpo.generator(s.seed, "bench head")) / math.sqrt(d + 1)
-    roles = drpo.build_roles(network(s.seed), (body, drpo.scalar_head(weight.to(s.device))), s)
+    roles = drpo.build_roles(network(s.seed, not s.lora_r), (body, drpo.scalar_head(weight.to(s.device))), s)
     trained = [x for x in (roles.policy, roles.critic, roles.value_head) if x is not None]
     params = [p for p in torch.nn.ModuleList(trained).parameters() if p.requires_grad]
     return roles, torch.optim.AdamW(params, lr=s.lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
@@ -285,7 +288,8 @@ def bench(s, shape, lengths, iterations):
     for beta in (0.0, s.beta):
         small = dataclasses.replace(s, batch_size=len(longest), epochs=1, beta=beta)
         timed_update(roles, optimizer, longest, 1, tokenizer, small)
-    updates, drawn = s.updates or max(1, EPISODES.get(s.preset, len(rows)) // B), drpo.draw(rows, B, 1, s.seed, "rl")
+    updates, K = s.updates or max(1, EPISODES.get(s.preset, len(rows)) // B), s.group if s.advantages == "rloo" else 1
+    drawn = drpo.draw(rows, B // K, 1, s.seed, "rl") * K
     query = np.array([len(drpo.encode_query(row["prompt"], tokenizer, s.query_length)) for row in drawn])
     methods, lines = {}, [["", "seconds", "tokens/s", "GB", "MFU"]]
     for name, beta in (("PPO", 0.0), ("DR-PO", s.beta)):
