@@ -331,11 +331,10 @@ def problem(seed, H=20, c=2.0, pairs=50_000):
 
 
 def reset_states(data, reset_to):
-    """What is reset to: all; steps of the first half; trajectories that never enter the corridor; the first 30 trajectories."""
+    """What is reset to: all; half: the steps of the first half; chain: trajectories that never enter the corridor. -> Data"""
     if reset_to == "half":
         return data._replace(lengths=data.lengths.clamp(max=data.states.shape[1] // 2))
-    chosen = {"all": slice(None), "chain": (data.states != CORRIDOR).all(1), "30": slice(30)}[reset_to]
-    return Data(*[x[chosen] for x in data])
+    return Data(*[x[(data.states != CORRIDOR).all(1)] for x in data]) if reset_to == "chain" else data
 
 
 def learn(seed, method="ppo", H=20, c=2.0, pairs=50_000, reset_to="all", budget=BUDGET, run_on=False, tables=None, **settings):
