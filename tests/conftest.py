@@ -1,10 +1,9 @@
-"""What several test files share: a small corpus and network, a finished run of them, and one run of the toy corpus."""
+"""What several test files share: a small corpus and network, a finished run of them, and a made-up one."""
 
 import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,8 +26,7 @@ SMALL = (
 ).split()
 
 
-def posts(split="train"):
-    """Three letters, of which the reference is one to three, in reverse."""
+def posts(split="train"):  # three letters, of which the reference is one to three, in reverse
     texts = list(itertools.product("abcdef", repeat=3))[split == "train" :: 5]
     return [{"prompt": " ".join(x), "reference": " ".join(x[::-1][: 1 + i % 3])} for i, x in enumerate(texts)]
 
@@ -37,8 +35,7 @@ def pairs(split="train"):
     return [{"prompt": x["prompt"], "chosen": x["reference"], "rejected": "f f f f"} for x in posts(split)]
 
 
-def longer(prompts, a, b):
-    """A judge that prefers the longer text."""
+def longer(prompts, a, b):  # a judge that prefers the longer text
     return [(1 + (len(x) > len(y)) - (len(x) < len(y))) / 2 for x, y in zip(a, b)]
 
 
@@ -51,8 +48,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[E]", pad_token="[P]")
 
 
-def network(seed=0):
-    """GPT-NeoX of one layer of 16, with random weights that are large enough for decided logits."""
+def network(seed=0):  # GPT-NeoX of one layer of 16, with random weights that are large enough for decided logits
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = dict(vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -62,20 +58,49 @@ def network(seed=0):
         return GPTNeoXForCausalLM(GPTNeoXConfig(**config, **ends, max_position_embeddings=32, initializer_range=0.5)).eval()
 
 
-def log_of(folder):
-    """The metrics of a stage, line by line, but for seconds."""
+def log_of(folder):  # the metrics of a stage, line by line, but for seconds
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
 
 
+# ---- A made-up run folder with figures that can be worked by hand --------------------------------------------
+SETTINGS = {"dataset": "toy_text:gate", "preset": "tiny", "eval_temperature": 0.01, "temperature": 0.7}
+LOG = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2, "tokens_decoded": 100}
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_run(folder, win_rates, seed=0, judge="toy_text:gold_judge", score=(0.0, 1.0), kl=2.5, log=LOG, **settings):
+    """A finished run with these {method: win rate} on four prompts; PPO and DR-PO logged these scores, one per update."""
+    settings = SETTINGS | {"seed": seed, "run_dir": str(folder)} | settings
+    rl = [log | {"score": value} for value in score]
+    logs = {"sft": [{"loss": 3.0}], "rm": [{"accuracy": 0.6}], "dpo": [{"accuracy": 0.6}], "ppo": rl, "drpo": rl}
+    accuracy = {"accuracy": 0.7, "accuracy_ci95": [0.4, 0.9], "pairs": 10}
+    results = {"sft": {"held_out_loss": 2.0, "rouge_l": 0.3}, "rm": accuracy | {"accuracy_by_batch": {"all": accuracy}}}
+    for seconds, stage in enumerate(dict.fromkeys(["sft", "rm", *win_rates]), 5):
+        write_lines(folder / stage / "metrics.jsonl", logs[stage])
+        (folder / stage / "result.json").write_text(json.dumps({"seconds": seconds, **results.get(stage, {})}))
+        (folder / stage / "settings.json").write_text(json.dumps({"beta": 0.6, f"weights of {folder}": seed, **settings}))
+    samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} for i in range(4)]
+    for i, row in enumerate(samples):
+        rest = {"kl": kl, "kl_rm_score": float(i), "rouge_1": 0.3, "rouge_2": 0.1, "rouge_l": i / 10, "eos_rate": int(i > 0)}
+        rest |= {"rm_score": 1.0 + (i > 1), "response_tokens": 9 + i // 2}
+        row |= {name: {"response": f"{name} says {i}", "win_rate": rate, **rest} for name, rate in win_rates.items()}
+    drpo.write_report(folder, samples, settings, judge)
+    return folder
+
+
+# ---- Fixtures ------------------------------------------------------------------------------------------------
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session")
-def one_thread():
-    """Tensors this small are fastest on one thread, and sums always run in the same order."""
+def one_thread():  # tensors this small are fastest on one thread, and sums always run in the same order
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -83,37 +108,24 @@ def one_thread():
 
 
 @pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr("tools.report.write", lambda run: None)
+
+
+@pytest.fixture
 def one_line(capsys):
     """one_line(argv) -> what `drpo.main(argv)` says on stderr before it ends with status 2: one line, not a long one."""
 
-    def ends(argv):
+    def ends(argv, status=2, main=drpo.main):
         capsys.readouterr()  # what was said before does not count
         with pytest.raises(SystemExit) as stopped:
-            drpo.main([str(word) for word in argv])
+            main([str(word) for word in argv])
         line = capsys.readouterr().err
-        assert stopped.value.code == 2 and len(line.splitlines()) == 1 and len(line) <= 300, line
+        line = line if status == 2 else line.rpartition("drpo.py: ")[2].partition("\n")[0]  # after bars of progress
+        assert stopped.value.code == status and len(line.splitlines()) == 1 and len(line) <= 300, line
         return line
 
     return ends
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """The folder of a short run on the toy corpus, by drpo.py with toy_text.py beside it and nothing else. Tests only read it.
-
-    In odd surroundings, too: another working folder, a space and an umlaut, no asserts, no HOME, an ASCII locale."""
-    home, cwd, run = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("cwd"), "Läufe 1/ü"
-    for name in ("drpo.py", "toy_text.py"):
-        shutil.copy(ROOT / name, home)
-    words = "--sft_steps 15 --rm_steps 8 --updates 2 --batch_size 16 --dpo_batch_size 16 --eval_samples 24 --device cpu"
-    env = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
-    command = [sys.executable, "-O", home / "drpo.py", *words.split(), "--run_dir", run]
-    env |= {"LC_ALL": "C", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert {path.name for path in home.iterdir()} - {"__pycache__"} == {"drpo.py", "toy_text.py"}
-    (cwd / run / "stdout.txt").write_text(done.stdout, encoding="utf-8")
-    return cwd / run
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,13 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 
 import conftest
 import pytest
-from conftest import ROOT, SMALL
-from run_folder import make_run
+from conftest import ROOT, SMALL, make_run
 
 import drpo
 
@@ -20,16 +21,29 @@ METHODS = ["sft", "dpo", "ppo", "drpo"]
 
 
 # ---- One file that runs alone ------------------------------------------------------------------------------
-def test_drpo_py_does_the_main_job_in_an_empty_folder(tiny_run):
-    out = (tiny_run / "stdout.txt").read_text(encoding="utf-8")
-    report = json.loads((tiny_run / "report.json").read_text())
+def test_drpo_py_does_the_main_job_in_an_empty_folder(tmp_path):
+    """And in odd surroundings: another working folder, a space and an umlaut, no asserts, no HOME, an ASCII locale."""
+    home, cwd = tmp_path / "alone", tmp_path / "cwd"
+    run = cwd / "Läufe 1" / "ü"
+    home.mkdir()
+    cwd.mkdir()
+    for name in ("drpo.py", "toy_text.py"):
+        shutil.copy(ROOT / name, home)
+    words = "--sft_steps 15 --rm_steps 8 --updates 2 --batch_size 16 --dpo_batch_size 16 --eval_samples 24 --device cpu"
+    env = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+    env |= {"LC_ALL": "C", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-O", home / "drpo.py", *words.split(), "--run_dir", run.relative_to(cwd)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in home.iterdir()} - {"__pycache__"} == {"drpo.py", "toy_text.py"}
+    report = json.loads((run / "report.json").read_text())
     assert {"methods", "rm", "seconds", "settings"} <= set(report) and list(report["methods"]) == METHODS
     for name, figures in report["methods"].items():
         assert {"win_rate", "win_rate_ci95", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate"} <= set(figures)
-        assert re.search(rf"^{name} +win_rate {figures['win_rate']:.3f} ", out, re.M)
+        assert re.search(rf"^{name} +win_rate {figures['win_rate']:.3f} ", done.stdout, re.M)
     assert set(report["seconds"]) == {"rm", *METHODS} and 0 < report["rm"]["accuracy"] < 1
-    assert report["prompts"] == 24 == len((tiny_run / "samples.jsonl").read_text().splitlines())
-    assert out.count("check: ") == 6  # references; resets and KL; ended rollouts below the score of the others; PPO, DR-PO
+    assert report["prompts"] == 24 == len((run / "samples.jsonl").read_text().splitlines())
+    assert [done.stdout.count(x) for x in ("references score", "are resets")] == [2, 2]  # checks of PPO and of DR-PO
 
 
 def imported(nodes):  # -> the modules of ours that these nodes of a syntax tree import
@@ -73,6 +87,10 @@ def test_precedence_is_command_line_preset_default():
 
 
 # ---- Bad input ---------------------------------------------------------------------------------------------
+def cases(table):  # those between the bars, below the first line
+    return [case for line in table.splitlines()[1:] for case in line.split(" | ")]
+
+
 def half_a_judge(prompts, a, b):
     return [1.0 for _ in prompts[1:]]
 
@@ -83,36 +101,21 @@ def large_tokenizer():
     return words
 
 
-ECHOED = """  the line repeats each of these words
+BAD = """  the line has each word that stands after the colon, or, where there is none, each word of the command
 nosuchstage | --nosuchflag | --preset nope | --lr abc | --lr | --lr nan | --lr 2 | --sft_lr -0.5 | --max_grad_norm inf
 --beta 1.5 | --beta -0.1 | --updates -3 | --updates 1.5 | --seed -1 | --batch_size 0 | --micro_batch -1 | --temperature 0
 --response_length 1 | --dtype float16 | --whiten_rewards maybe | --advantages grpo | --device nosuchdevice | --device cuda:99
 --judge gold | --judge rm:nowhere | --judge test_commands:half_a_judge | --tokenizer conftest:posts | --run_dir {shelf}/file
---rm_model {shelf}/nosuchmodel"""
-BAD = {flags: flags.split() for line in ECHOED.splitlines()[1:] for flags in line.split(" | ")} | {  # flags: words of the line
-    "--dataset nowhere.jsonl": ["nowhere.jsonl"],
-    "--preference_dataset nowhere.jsonl": ["nowhere.jsonl"],
-    "--dataset conftest:nosuch": ["conftest:nosuch"],
-    "--model {shelf}/nosuchmodel": ["nosuchmodel"],
-    "--model {shelf}/adapter": ["adapter"],
-    "--model conftest:posts": ["conftest:posts"],
-    "sft extra": ["extra"],
-    "--compile True --checkpoint_activations True": ["--compile", "--checkpoint_activations"],
-    "--seeds 1 -1": ["--seed", "-1"],
-    "--advantages rloo --group 3": ["--group 3", "--batch_size 8"],
-    "--advantages rloo --group 1": ["--group 1"],
-    "rm": ["rm needs", "run/sft", "drpo.py sft"],
-    "dpo": ["dpo needs", "run/sft"],
-    "drpo --run_dir {shelf}/only_sft": ["drpo needs", "only_sft/rm", "drpo.py rm"],
-    "eval --run_dir {shelf}/only_sft": ["eval needs", "only_sft/rm"],
-    "drpo --run_dir {shelf}/sft_twice": ["sft_twice/rm", "not a reward model"],
-    "eval --run_dir {shelf}/done --preference_dataset nowhere.jsonl": ["nowhere.jsonl"],
-    "--preference_dataset conftest:posts": ["conftest:posts", "row 0", "chosen"],
-    "--judge toy_text:nosuchjudge": ["nosuchjudge"],
-    "--judge toy_text:gold_judge": ["--judge toy_text:gold_judge", "no post of toy_text.py"],
-    "--tokenizer test_commands:large_tokenizer": ["8 tokens", "9"],
-    "--preference_length 30": ["32 positions", "38"],
-}
+--rm_model {shelf}/nosuchmodel | sft extra: extra | --seeds 1 -1: --seed -1 | --advantages rloo --group 1: --group
+--advantages rloo --group 3: --group --batch_size | --compile True --checkpoint_activations True: --compile
+--dataset nowhere.jsonl: nowhere.jsonl | --dataset conftest:nosuch: conftest:nosuch | --model conftest:posts: conftest:posts
+--preference_dataset nowhere.jsonl: nowhere.jsonl | --preference_dataset conftest:posts: conftest:posts row 0: chosen
+--model {shelf}/nosuchmodel: nosuchmodel | --model {shelf}/adapter: adapter | --judge toy_text:nosuchjudge: nosuchjudge
+--judge toy_text:gold_judge: --judge toy_text:gold_judge no post of | --preference_length 30: 32 positions for 38
+--tokenizer test_commands:large_tokenizer: 8 tokens for 9 | rm: rm needs run/sft drpo.py | dpo: dpo needs run/sft drpo.py
+drpo --run_dir {shelf}/only_sft: drpo needs only_sft/rm drpo.py | eval --run_dir {shelf}/only_sft: eval needs only_sft/rm
+drpo --run_dir {shelf}/sft_twice: sft_twice/rm is not a reward model
+eval --run_dir {shelf}/done --preference_dataset nowhere.jsonl: nowhere.jsonl"""
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +134,13 @@ def shelf(small_run, tmp_path_factory):  # a folder with what the bad commands p
     return shelf
 
 
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input_is_one_line_before_anything_is_trained(shelf, tmp_path, one_line, monkeypatch, flags):
+@pytest.mark.parametrize("case", cases(BAD))
+def test_bad_input_is_one_line_before_anything_is_trained(shelf, tmp_path, one_line, monkeypatch, case):
     monkeypatch.setattr(drpo, "step", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(drpo, "sample", lambda *_: pytest.fail("evaluated"))
-    line = one_line(["--run_dir", str(tmp_path / "run"), *SMALL, *flags.format(shelf=shelf).split()])
-    assert line.startswith("drpo.py: ") and all(word.format(shelf=shelf) in line for word in BAD[flags]), line
+    flags, _, words = case.format(shelf=shelf).partition(": ")
+    line = one_line(["--run_dir", str(tmp_path / "run"), *SMALL, *flags.split()])
+    assert line.startswith("drpo.py: ") and all(word in line for word in (words or flags).split()), line
 
 
 BAD_FOR_TOOLS = """  the line has the last word of the command, or what stands after its colon
@@ -153,7 +157,7 @@ tools.bench --json no/such/folder/b.json | tools.bench --peers --batch_size 4: -
 tools.bench --plan --check: one at a time | tools.bench --model ./no/such/folder"""
 
 
-@pytest.mark.parametrize("case", [case for line in BAD_FOR_TOOLS.splitlines()[1:] for case in line.split(" | ")])
+@pytest.mark.parametrize("case", cases(BAD_FOR_TOOLS))
 def test_bad_input_of_a_tool_is_one_line(shelf, tmp_path, one_line, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.print", lambda *_, **__: pytest.fail("it went on"))

@@ -1,7 +1,6 @@
 """Data: every layout of TL;DR and HH data, what is dropped, how texts become tokens, and what bad rows are told.
 
-Rows are made up here, with the columns of the datasets on the Hub. The last tests read real posts and dialogues from the folder
-that the environment variable DRPO_DATA names."""
+The last tests read real posts and dialogues from the folder that the environment variable DRPO_DATA names."""
 
 import gzip
 import json
@@ -26,8 +25,7 @@ HH = "\n\nHuman: question {i}\n\nAssistant: answer {i}\n\nHuman: and then?\n\nAs
 
 
 @pytest.fixture(autouse=True)
-def apart_from_the_world(tmp_path, monkeypatch):
-    """No network, and nothing is written into the user's folders."""
+def apart_from_the_world(tmp_path, monkeypatch):  # no network, and nothing is written into the user's folders
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     for switch in ("datasets.config.HF_HUB_OFFLINE", "huggingface_hub.constants.HF_HUB_OFFLINE"):
         monkeypatch.setattr(switch, True)
@@ -35,8 +33,7 @@ def apart_from_the_world(tmp_path, monkeypatch):
     drpo.load_rows.cache_clear()  # files of other tests have the same names
 
 
-def write(name, rows):
-    """Rows into a file of the format that its name tells -> its name."""
+def write(name, rows):  # rows into a file of the format that its name tells -> its name
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     kind = name.removesuffix(".gz").rpartition(".")[2]
     if kind in ("csv", "parquet"):
@@ -51,27 +48,9 @@ def rows_of(name="x", count=N, **columns):
     return [{"prompt": f"{name} prompt {i}", "reference": f"{name} reference {i}"} | columns for i in range(count)]
 
 
-def refused(capsys, function, *args):
-    """-> the one line on stderr that function(*args) ends with, status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        function(*args)
-    line = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(line.splitlines()) == 1 and line.startswith("drpo.py: "), line
-    return line
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Layouts. Row i has the prompt that the table says, "good i" as reference or as chosen, and "bad i" as rejected.
-
-
-def fill(template, i):
-    """The template with i in all its texts."""
-    if isinstance(template, dict):
-        return {name: fill(value, i) for name, value in template.items()}
-    if isinstance(template, list):
-        return [fill(x, i) for x in template]
-    return template.format(i=i) if isinstance(template, str) else template
+# ---- Layouts. Row i has the prompt that the table says, "good i" as reference or as chosen, and "bad i" as rejected
+def fill(template, i):  # the template with i in all its texts
+    return json.loads(json.dumps(template).replace("{i}", str(i)))
 
 
 COLUMNS = {"subreddit": "advice", "title": "title {i}", "post": "first line {i}\n\nlast line"}
@@ -82,6 +61,7 @@ OF_ARTICLE = {**dict.fromkeys(COLUMNS), "id": "{i}", "site": "cnn", "article": A
 OLDER = dict.fromkeys([f"{name}{j}" for name in ("response", "query_response", "response_token") for j in "01"], "x")
 PAIR, DIALOGUES = {"chosen": " good {i}", "rejected": " bad {i}"}, {"chosen": HH + " good {i}", "rejected": HH + " bad {i}"}
 ENDED = {"chosen": " good {i}" + EOS, "rejected": " bad {i}" + EOS, "query_chosen": "x", "chosen_token": [9, 0]}
+CARPER = {"prompt": ONE_NEWLINE[:-7], "chosen": "TL;DR:  good {i}", "rejected": "TL;DR:  bad {i}"}
 LAYOUTS = {  # file: row, its prompt; files of pairs are named so
     "vwxyzjn.parquet": ({**COLUMNS, **TOKENS, "summary": "good {i}", "reference_response": " good {i}" + EOS}, POST),
     "cleanrl_query.json": ({"query": POST, "reference_response": " good {i}" + EOS}, POST),
@@ -97,10 +77,7 @@ LAYOUTS = {  # file: row, its prompt; files of pairs are named so
     "vwxyzjn_pairs.parquet": ({**COMPARISON, **TOKENS, **ENDED}, POST),
     "cleanrl_older_pairs.parquet": ({**COMPARISON, **TOKENS, **OLDER}, POST),
     "trl_lib_pairs.csv": ({"prompt": POST, **PAIR}, POST),
-    "carper_pairs.jsonl": (
-        {"prompt": ONE_NEWLINE[:-7], "chosen": "TL;DR:  good {i}", "rejected": "TL;DR:  bad {i}"},
-        ONE_NEWLINE,
-    ),
+    "carper_pairs.jsonl": (CARPER, ONE_NEWLINE),
     "anthropic_hh_pairs.jsonl.gz": (DIALOGUES, HH),
     "dahoas_pairs.parquet": ({"prompt": HH, "response": "x", **PAIR}, HH),
 }
@@ -121,22 +98,17 @@ def test_texts_stay_texts_in_files_of_every_make():
     rows = [{"prompt": f"p{i}", "reference": text} for i, text in enumerate(odd)]
     for name in ("plain.csv", "plain.jsonl"):
         Path(name.replace("plain", "bom")).write_bytes(b"\xef\xbb\xbf" + Path(write(name, rows)).read_bytes())
+    Path("bom.jsonl").write_bytes(Path("bom.jsonl").read_bytes().replace(b"\n", b"\n\n"))  # with blank lines
     for name in ("plain.csv", "bom.csv", "bom.jsonl", write("data.json", rows)):
         parts = drpo.load_rows(name, "reference", 0)
         assert sorted([{x: row[x] for x in rows[0]} for row in sum(parts, [])], key=rows.index) == rows
 
 
-def test_blank_lines_of_jsonl_are_skipped():
-    Path("x.jsonl").write_text("\n\n".join(map(json.dumps, rows_of())) + "\n\n")
-    assert sum(map(len, drpo.load_rows("x.jsonl", "reference", 0))) == N
-
-
 def test_folders_keep_their_splits_and_a_colon_in_the_path():
-    for folder, held_out in {"posts:v1": "validation", "./posts:v2": "test"}.items():
-        for split in ("train", held_out):
-            write(f"{folder}/{split}.jsonl", rows_of(split))
     from datasets import Dataset, DatasetDict
 
+    for name in ("posts:v1/train", "posts:v1/validation", "posts:v2/train", "posts:v2/test"):
+        write(f"{name}.jsonl", rows_of(Path(name).name))
     DatasetDict({split: Dataset.from_list(rows_of(split)) for split in ("train", "valid1")}).save_to_disk("saved")
     for folder, held_out in {"posts:v1": "validation", "./posts:v2": "test", "saved": "valid1"}.items():
         read = [[row["reference"] for row in part] for part in drpo.load_rows(folder, "reference", 0)]
@@ -161,9 +133,8 @@ def by_split_and_seed(split, seed):
 
 
 def test_a_function_gets_split_and_seed_if_it_takes_them():
-    train, held_out = drpo.load_rows("test_data:by_split_and_seed", "pairs", 5)
-    assert train == [{"prompt": "train 5", "chosen": "a", "rejected": "b", "batch": "b7"}]
-    assert held_out[0]["prompt"] == "validation 5"
+    wanted = by_split_and_seed("train", 5), by_split_and_seed("validation", 5)
+    assert drpo.load_rows("test_data:by_split_and_seed", "pairs", 5) == list(wanted)
     assert list(map(len, drpo.load_rows("test_data:rows_of", "reference", 5))) == [N, N]
 
 
@@ -172,7 +143,7 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(capsys):
     bad = [
         {**row, "rejected": other["rejected"]},  # no shared prompt
         {**row, "rejected": row["chosen"] + " "},  # equal but for a space
-        {**row, "chosen": HH.format(i=0)},  # an empty response
+        {**row, "chosen": HH.format(i=0)},  # empty
         {"chosen": "good", "rejected": "bad"},  # no dialogue
     ]
     write("folder/train.jsonl", [row, *bad, row])
@@ -182,19 +153,16 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(capsys):
     assert "folder: 4 of 6 training rows dropped" in out and "held-out rows dropped" not in out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad rows: one line that names file, row and column
-
-
+# ---- Bad rows: one line that names file, row and column ----------------------------------------------------
 def with_row(number, **columns):
     return [row | columns if i == number else row for i, row in enumerate(rows_of())]
 
 
 NO_ROWS, TURNS = "no usable training rows", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 BAD = {  # file: its rows or its text, and words of the line
-    "column.jsonl": ([{"prompt": f"p{i}", "text": "y"} for i in range(N)], ["row", "reference must be text, not None"]),
-    "none.jsonl": (with_row(4, reference=None), ["row", "reference must be text, not None"]),
-    "messages.jsonl": (with_row(4, reference=TURNS), ["row", "reference must be text, not [{"]),
+    "column.jsonl": ([{"prompt": f"p{i}", "text": "y"} for i in range(N)], ["row 0: reference must be text, not None"]),
+    "none.jsonl": (with_row(4, reference=None), ["row 4: reference must be text, not None"]),
+    "messages.jsonl": (with_row(19, reference=TURNS), ["row 19: reference must be text, not [{"]),
     "blank.jsonl": (rows_of(reference=" "), [f"{NO_ROWS} among 18"]),
     "one.jsonl": (rows_of(count=1), [NO_ROWS]),
     "empty.jsonl": ("", [NO_ROWS]),
@@ -203,7 +171,6 @@ BAD = {  # file: its rows or its text, and words of the line
     "broken.jsonl": ('{"prompt": "x", "reference": "y"}\n{"prompt": "x",\n', ["cannot be read", "JSON"]),
     "choice.jsonl": ([{**COMPARISON, "choice": i // 4} for i in range(N)], ["cannot be read"]),
     "binary.parquet": ("no parquet", ["cannot be read"]),
-    "row.jsonl": (with_row(19, reference=None), ["row 19"]),
     "prompt.jsonl": ([{"question": f"p{i}"} for i in range(N)], ["prompt must be text"]),
     "chat_pairs.jsonl": ([{"chosen": TURNS, "rejected": TURNS[:1]}] * N, ["row 0", "must be text"]),
     "surrogate.jsonl": (with_row(4, reference="y\ud83d"), ["row", "reference"]),
@@ -211,17 +178,14 @@ BAD = {  # file: its rows or its text, and words of the line
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_rows_are_refused_in_one_line(capsys, name):
+def test_bad_rows_are_refused_in_one_line(one_line, name):
     content, words = BAD[name]
     Path(name).write_text(content) if isinstance(content, str) else write(name, content)
-    line = refused(capsys, drpo.load_rows, name, "pairs" if "pairs" in name else "reference", 0)
-    assert all(word in line for word in [name, *words]), line
+    line = one_line([], main=lambda _: drpo.load_rows(name, "pairs" if "pairs" in name else "reference", 0))
+    assert all(word in line for word in ["drpo.py: ", name, *words]), line
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From texts to tokens
-
-
+# ---- From texts to tokens ----------------------------------------------------------------------------------
 def letters(added=""):
     """One token per ASCII character, so that lengths can be counted by hand. added: "[BOS] $A" or the like."""
     alphabet = ["[BOS]", EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -243,11 +207,6 @@ def encoded(prompt, length, tokenizer=LETTERS):
     return tokenizer.decode(ids)
 
 
-def test_a_long_post_loses_its_last_lines_then_characters():
-    post, kept = " one\ntwo\n\nfour\nxy", {56: 17, 55: 14, 53: 14, 52: 9, 48: 9, 47: 8, 46: 4, 43: 4, 42: 3, 40: 1, 39: 0}
-    assert all(encoded(HEAD + post + TAIL, length) == HEAD + post[:n] + TAIL for length, n in kept.items())
-
-
 ONE = HEAD.replace("\n\n", "\n")
 LONG = {  # a prompt, and what is left of it when it may not be so long
     f"{HEAD} {'x' * 9}{TAIL}": f"{HEAD} {'x' * 8}{TAIL}",
@@ -260,14 +219,11 @@ LONG = {  # a prompt, and what is left of it when it may not be so long
 }
 
 
-def test_title_and_mark_stay_when_a_post_is_cut():
+def test_a_post_keeps_title_and_mark_other_prompts_their_end():
     for prompt, kept in LONG.items():
         assert encoded(prompt, len(prompt)) == prompt and encoded(prompt, len(prompt) - 1) == kept
-
-
-@pytest.mark.parametrize("prompt", [HH.format(i=1), "one two three\n\nTL;DR:", "POST: one\ntwo"])
-def test_other_prompts_lose_their_beginning(prompt):
-    assert all(encoded(prompt, length) == prompt[-length:] for length in range(1, len(prompt) + 2))
+    for prompt in (HH.format(i=1), "one two three\n\nTL;DR:", "POST: one\ntwo"):
+        assert all(encoded(prompt, length) == prompt[-length:] for length in range(1, len(prompt) + 2))
 
 
 def official_loop(prompt, tokenizer, length):
@@ -281,9 +237,10 @@ def official_loop(prompt, tokenizer, length):
 def test_a_cut_is_that_of_the_official_loop_at_every_length():
     bpe, rng, words = toy_text.bpe_tokenizer(), random.Random(0), "so my sister broke our bike 日本 i feel angry".split()
     post = "".join(" ".join(rng.choices(words, k=6)) + rng.choice([" . ", " .\n", " .\n\n"]) for _ in range(8))
-    prompt = f"SUBREDDIT: r/advice\n\nTITLE: i feel sad\n\nPOST: {post}the end{TAIL}"
-    for length in range(5, len(bpe(prompt)["input_ids"]) + 1):
-        assert drpo.encode_query(prompt, bpe, length) == official_loop(prompt, bpe, length)
+    for text in (f"{post}the end", "日本 so 日本 " * 3):
+        prompt = f"SUBREDDIT: r/advice\n\nTITLE: i feel sad\n\nPOST: {text}{TAIL}"
+        for length in range(5, len(bpe(prompt)["input_ids"]) + 1):
+            assert drpo.encode_query(prompt, bpe, length) == official_loop(prompt, bpe, length)
 
 
 def test_a_bos_stays_and_an_eos_that_is_added_goes():
@@ -303,17 +260,7 @@ def test_a_response_is_a_space_its_text_and_one_eos():
     assert cut == [f" abc{EOS}", " abc", " a"]  # EOS is lost with the end
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-def test_collate_pads_on_the_right():
-    batch = drpo.collate([[5, 6, 7], [8]], [[1], [2, 3]], 4, "cpu")
-    assert batch["ids"].tolist() == [[5, 6, 7, 1], [8, 2, 3, 0]] and batch["response"].tolist() == [[1, 0, 0, 0], [2, 3, 0, 0]]
-    assert batch["query_len"].tolist() == [3, 1] and batch["response_len"].tolist() == [1, 2]
-    assert len(batch) == 4 and all(x.dtype == torch.long for x in batch.values())
-
-
+# ---- Batches -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 def test_micro_batches_cover_all_rows_once_by_falling_length(size):
     lengths, seen = [1, 2, 3, 4, 5, 9, 1, 1, 1, 1], []
@@ -338,24 +285,18 @@ def test_each_epoch_of_draw_is_a_permutation_of_its_own():
     assert first == again and len(set(map(tuple, first))) == 4  # by update, seed and stream alone
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Real posts and dialogues
+# ---- Real posts and dialogues ------------------------------------------------------------------------------
+REAL = os.environ.get("DRPO_DATA", "")
+with_real_data = pytest.mark.skipif(not REAL, reason="DRPO_DATA names no folder with real data")
 
 
-@pytest.fixture
-def real():
-    """real(file, kind) -> all rows of it; skips without DRPO_DATA."""
-    if "DRPO_DATA" not in os.environ:
-        pytest.skip("DRPO_DATA names no folder with real data")
-    return lambda name, kind: sum(drpo.load_rows(f"{os.environ['DRPO_DATA']}/{name}", kind, 0), [])
+def real(name, kind):
+    return sum(drpo.load_rows(f"{REAL}/{name}", kind, 0), [])
 
 
-def pythia():
-    return PreTrainedTokenizerFast(tokenizer_file=f"{os.environ['DRPO_DATA']}/pythia_tokenizer.json", eos_token=EOS)
-
-
-def test_real_posts_keep_title_and_end_and_responses_fit(real):
-    tokenizer, cut, lengths = pythia(), 0, []
+@with_real_data
+def test_real_posts_keep_title_and_end_and_responses_fit():
+    tokenizer, cut, lengths = PreTrainedTokenizerFast(tokenizer_file=f"{REAL}/pythia_tokenizer.json", eos_token=EOS), 0, []
     for row in real("tldr_train.jsonl", "reference") + real("tldr_validation.jsonl", "reference"):
         ids, whole = drpo.encode_query(row["prompt"], tokenizer, 512), tokenizer(row["prompt"])["input_ids"]
         assert ids == (whole if len(whole) <= 512 else official_loop(row["prompt"], tokenizer, 512))
@@ -367,10 +308,11 @@ def test_real_posts_keep_title_and_end_and_responses_fit(real):
     assert (cut, len(lengths), max(lengths)) == (7, 2000, 50)
 
 
-def test_real_dialogues_share_their_prompt_or_are_dropped(real):
+@with_real_data
+def test_real_dialogues_share_their_prompt_or_are_dropped():
     rows = real("hh_helpful.jsonl.gz", "pairs")
     assert all(row["prompt"].startswith("Human:") and row["prompt"].endswith("\n\nAssistant:") for row in rows)
-    with gzip.open(f"{os.environ['DRPO_DATA']}/hh_helpful.jsonl.gz", "rt") as file:
+    with gzip.open(f"{REAL}/hh_helpful.jsonl.gz", "rt") as file:
         sides = [[row[side].rpartition("\n\nAssistant:") for side in ("chosen", "rejected")] for row in map(json.loads, file)]
     pairs = [(a[2].strip(), b[2].strip()) for a, b in sides if a[0] == b[0]]
     useful = sorted((a, b) for a, b in pairs if a and b and a != b)

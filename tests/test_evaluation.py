@@ -61,20 +61,14 @@ def test_wilson_by_hand():
     assert drpo.wilson([0] * 4)[0] == 0.0 and drpo.wilson([1] * 4)[1] == 1.0 and drpo.wilson([None]) is None
 
 
-def undecided(prompts, a, b):  # a judge that decides the first prompt only
-    return [1.0, *[None for _ in prompts[1:]]]
-
-
-def never(prompts, a, b):
-    return [None for _ in prompts]
-
-
-def test_verdicts_that_are_none_do_not_count(copy):
-    samples, report = evaluated(copy, "--judge", "test_evaluation:undecided")
+def test_verdicts_that_are_none_do_not_count(copy, monkeypatch):
+    monkeypatch.setattr(conftest, "longer", lambda prompts, a, b: [1.0, *[None for _ in prompts[1:]]])
+    samples, report = evaluated(copy)
     assert [row["drpo"]["win_rate"] for row in samples] == [1.0] + [None] * 9
     assert report["methods"]["drpo"]["win_rate"] == 1.0
     assert report["methods"]["drpo"]["win_rate_ci95"] == pytest.approx([1 / (1 + 1.96**2), 1.0])
-    _, report = evaluated(copy, "--judge", "test_evaluation:never")  # still JSON
+    monkeypatch.setattr(conftest, "longer", lambda prompts, a, b: [None for _ in prompts])
+    _, report = evaluated(copy)  # still JSON
     assert report["methods"]["drpo"]["win_rate"] is None and report["methods"]["drpo"]["response_tokens"] > 1
 
 

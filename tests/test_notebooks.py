@@ -19,8 +19,7 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def key_figures(notebook):
-    """The JSON that the last code cell prints."""
+def key_figures(notebook):  # the JSON that the last code cell prints
     return json.loads(code_cells(notebook)[-1].outputs[0].text)
 
 
@@ -60,43 +59,19 @@ def test_a_committed_notebook_ran_in_order_without_error(path):
     assert notebook.metadata == notebooks.METADATA and all(cell.metadata == {} for cell in notebook.cells)
 
 
-@pytest.mark.parametrize("command, argv", [(notebooks, ["nowhere"]), (planted, ["--run=nowhere"])])
-def test_a_name_that_does_not_exist_ends_with_status_2(command, argv, capsys):
-    with pytest.raises(SystemExit) as ended:
-        command.main(argv)
-    assert ended.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Planted mistakes
-
-
-@pytest.fixture(scope="module")
-def planted_runs(small_run, tmp_path_factory):
-    """-> {name: metrics of two updates}, {name: the self-check that failed}, both as the command writes them."""
-    out = tmp_path_factory.mktemp("planted")
-    planted.main([f"--run={small_run}", f"--out={out}", "--updates=2", "--beta=1", "--batch_size=16"])
-    logs = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in out.glob("*.jsonl")}
-    return logs, json.loads((out / "stopped.json").read_text())
-
-
-def test_planted_runs_continue_and_log_no_times(planted_runs):
-    logs, stopped = planted_runs
-    assert logs.keys() == stopped.keys() == planted.PLANTS.keys()
-    assert stopped.keys() == json.loads((ROOT / "results/planted/stopped.json").read_text()).keys()
-    for log in logs.values():
-        assert len(log) == 2 and not any("seconds" in key for line in log for key in line)
+# ---- Planted mistakes --------------------------------------------------------------------------------------
+def test_mistakes_show_in_a_self_check_or_a_metric(small_run, tmp_path):
+    planted.main([f"--run={small_run}", f"--out={tmp_path}", "--updates=2", "--beta=1", "--batch_size=16"])
+    logs = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")}
+    stopped = json.loads((tmp_path / "stopped.json").read_text())
+    committed = json.loads((ROOT / "results/planted/stopped.json").read_text())
+    assert logs.keys() == stopped.keys() == planted.PLANTS.keys() == committed.keys()
+    assert all(len(log) == 2 and not any("seconds" in key for line in log for key in line) for log in logs.values())
     assert drpo.stop is planted.stop and drpo.twin is planted.twin  # all is as it was
-
-
-def test_self_checks_catch_some_mistakes_and_not_others(planted_runs):
-    caught = {name: line for name, line in planted_runs[1].items() if line and name != "score_at_padding"}
+    caught = {name: line for name, line in stopped.items() if line and name != "score_at_padding"}
     assert caught.keys() == {"no_resets", "scorer_temperature"}
-    assert "resets do not happen" in caught["no_resets"] and "the policy differs" in caught["scorer_temperature"]
-
-
-def test_each_mistake_changes_the_metric_that_it_should(planted_runs):
-    first, second = [{name: log[i] for name, log in planted_runs[0].items()} for i in (0, 1)]
+    assert "resets" in caught["no_resets"] and "policy differs" in caught["scorer_temperature"]
+    first, second = [{name: log[i] for name, log in logs.items()} for i in (0, 1)]
     assert first["no_resets"]["reset_share"] == 0 and first["healthy"]["reset_share"] == 1
     assert second["trained_reference"]["kl"] == 0 != second["healthy"]["kl"]
     tokens = [first[name]["tokens_decoded"] / first[name]["response_tokens"] for name in ("healthy", "prefix_trained")]

@@ -18,39 +18,17 @@ from safetensors.torch import load_file
 import drpo
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "no_figures"),
     pytest.mark.skipif(os.name != "posix", reason="signals, fork and /dev/full"),
 ]
 STAGES = ["sft", "rm", "dpo", "ppo", "drpo"]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch):
-    """No figures; and rows that a test has changed are forgotten."""
-    monkeypatch.setattr("tools.report.write", lambda run: None)
-    yield
-    drpo.load_rows.cache_clear()
-
-
-@pytest.fixture
-def ends(capsys):
-    """ends(argv, status, word, ...): drpo.main ends with this status and one line that has these words."""
-
-    def ends(argv, status, *words):
-        with pytest.raises(SystemExit) as stopped:
-            drpo.main(argv)
-        line = capsys.readouterr().err.rpartition("drpo.py: ")[2].partition("\n")[0]
-        assert stopped.value.code == status and all(word in line for word in words) and len(line) < 300, line
-
-    return ends
 
 
 def contents(run):
     return {path: path.read_bytes() for path in run.glob("*/*") if path.is_file()}
 
 
-def assert_same(folder, wanted):
-    """Model, checkpoint and metrics of a stage, bit for bit."""
+def assert_same(folder, wanted):  # model, checkpoint and metrics of a stage, bit for bit
     tensors = [load_file(path / "model.safetensors") for path in (folder, wanted)]
     tensors += [torch.load(path / "checkpoint.pt", weights_only=True)["params"] for path in (folder, wanted)]
     for one, other in (tensors[:2], tensors[2:]):
@@ -107,8 +85,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(small_run, tmp_path)
     assert (tmp_path / "samples.jsonl").read_bytes() == (small_run / "samples.jsonl").read_bytes()
 
 
-def interrupt(monkeypatch, command, update):
-    """Runs the command, which ends in this update."""
+def interrupt(monkeypatch, command, update):  # runs the command, which ends in this update
     step = drpo.step
 
     def fails(optimizer, s, where, batch):
@@ -128,7 +105,7 @@ def test_a_stage_resumes_from_its_checkpoint_bit_for_bit(start, tmp_path, monkey
     """Interrupted in its third update, saved after the second, with a log that has more lines than that."""
     command, log = start(stage, save_every=2, **changes), tmp_path / "run" / stage / "metrics.jsonl"
     interrupt(monkeypatch, command, 3)
-    log.write_text(log.read_text() + '{"update": 3}\n{"upda')
+    log.write_text(log.read_text() + '{"update": 3, "loss": 1.0}\n{"upda')
     drpo.main(command)
     drpo.main(start(stage, "whole", **changes))
     assert_same(tmp_path / "run" / stage, tmp_path / "whole" / stage)
@@ -144,11 +121,11 @@ def test_no_update_is_logged_twice_after_a_log_was_lost(start, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_lets_the_update_end_saves_and_exits_with_0(start, small_run, tmp_path, ends, monkeypatch, number):
+def test_a_signal_lets_the_update_end_saves_and_exits_with_0(start, small_run, tmp_path, one_line, monkeypatch, number):
     command, step, handler = start("drpo", save_every=100), drpo.step, signal.getsignal(number)
     with monkeypatch.context() as patch:
         patch.setattr(drpo, "step", lambda *args: signal.raise_signal(number) or step(*args))
-        ends(command, 0, "stopped as asked after update 1 of 3")
+        assert "after update 1 of 3" in one_line(command, status=0)
     folder = tmp_path / "run" / "drpo"
     assert signal.getsignal(number) is handler and len(log_of(folder)) == 1 and not (folder / "result.json").exists()
     (folder / "metrics.jsonl").unlink()  # it resumes without its log, too
@@ -158,7 +135,7 @@ def test_a_signal_lets_the_update_end_saves_and_exits_with_0(start, small_run, t
     assert_same(folder, small_run / "drpo")
 
 
-def test_a_signal_in_the_last_update_of_a_stage_stops_the_run(tmp_path, ends, monkeypatch):
+def test_a_signal_in_the_last_update_of_a_stage_stops_the_run(tmp_path, one_line, monkeypatch):
     step = drpo.step
 
     def last(optimizer, s, where, batch):
@@ -167,7 +144,7 @@ def test_a_signal_in_the_last_update_of_a_stage_stops_the_run(tmp_path, ends, mo
         return step(optimizer, s, where, batch)
 
     monkeypatch.setattr(drpo, "step", last)
-    ends(["all", *SMALL, "--run_dir", str(tmp_path)], 0, "stopped as asked")
+    assert "stopped" in one_line(["all", *SMALL, "--run_dir", tmp_path], status=0)
     assert not (tmp_path / "rm" / "metrics.jsonl").exists()
 
 
@@ -175,27 +152,24 @@ def test_a_finished_run_is_kept(small_run, tmp_path, capsys):
     run = Path(shutil.copytree(small_run, tmp_path / "run"))
     before = contents(run)
     drpo.main(["all", *SMALL, "--run_dir", str(run)])
-    assert capsys.readouterr().out.count("finished, and kept") == 5 and contents(run) == before
+    drpo.main(["ppo", *SMALL, "--run_dir", str(run), "--beta", "1"])  # which PPO does not depend on
+    assert capsys.readouterr().out.count("finished, and kept") == 6 and contents(run) == before
     assert (run / "samples.jsonl").read_bytes() == (small_run / "samples.jsonl").read_bytes()
 
 
-def more_posts():
-    return conftest.posts()[1:]
+CHANGED = {  # command: words of the line
+    "drpo --kl_coef 0.2": ["kl_coef was 0.1, is 0.2"],
+    "drpo --beta 1 --epochs 3": ["beta was 0.6, is 1.0", "epochs was 2, is 3"],
+    "drpo --sft_lr 0.5": ["sft_lr was 0.003, is 0.5"],
+    "sft --dataset conftest:pairs": ["dataset was conftest:posts, is"],
+    "drpo rows": ["rows of dataset was"],
+    "drpo retrained": ["rm was"],
+    "all --kl_coef 0.2": ["kl_coef was 0.1, is 0.2"],  # before dpo, which is not finished, is trained
+}
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ("drpo --kl_coef 0.2", ["kl_coef was 0.1, is 0.2"]),
-        ("drpo --beta 1 --epochs 3", ["beta was 0.6, is 1.0", "epochs was 2, is 3"]),
-        ("drpo --sft_lr 0.5", ["sft_lr was 0.003, is 0.5"]),
-        ("sft --dataset test_resume:more_posts", ["dataset was conftest:posts, is"]),
-        ("drpo rows", ["rows of dataset was"]),
-        ("drpo retrained", ["rm was"]),
-        ("all --kl_coef 0.2", ["kl_coef was 0.1, is 0.2"]),  # before dpo, which is not finished, is trained
-    ],
-)
-def test_changed_inputs_are_refused_by_name(small_run, tmp_path, ends, monkeypatch, change, words):
+@pytest.mark.parametrize("change", CHANGED)
+def test_changed_inputs_are_refused_by_name(small_run, tmp_path, one_line, monkeypatch, change):
     run = Path(shutil.copytree(small_run, tmp_path / "run"))
     for stage in ("dpo", "drpo"):
         (run / stage / "result.json").unlink()  # not finished, and refused all the same
@@ -203,39 +177,34 @@ def test_changed_inputs_are_refused_by_name(small_run, tmp_path, ends, monkeypat
     if flags == ["rows"]:
         rows = conftest.posts()
         monkeypatch.setattr(conftest, "posts", lambda split: [*rows[:-1], rows[0]])
-        drpo.load_rows.cache_clear()
+        monkeypatch.setattr(drpo, "load_rows", drpo.load_rows.__wrapped__)  # not from its cache
     if flags == ["retrained"]:
         (run / "rm" / "result.json").write_text('{"seconds": 1.5}')
-    before = contents(run)
-    command = [stage, *SMALL, *(flags if "--" in change else []), "--run_dir", str(run)]
-    ends(command, 2, "was made with other settings", "delete", *words)
-    assert contents(run) == before
+    before, flags = contents(run), flags if "--" in change else []
+    line = one_line([stage, *SMALL, *flags, "--run_dir", run])
+    assert all(word in line for word in ["delete", *CHANGED[change]]) and contents(run) == before, line
 
 
-def test_a_model_that_was_changed_since_is_refused_by_name(start, tmp_path, ends):
+def test_a_model_that_was_changed_since_is_refused_by_name(start, tmp_path, one_line):
     conftest.network().save_pretrained(tmp_path / "model")
     command = start("sft", model=tmp_path / "model")
     drpo.main(command)
     os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
-    ends(command, 2, "files of model")
+    assert "files of model" in one_line(command)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A full disk, damage, and files that somebody else made
-
-
-def test_ctrl_c_outside_of_training_is_one_line(start, ends, monkeypatch):
+# ---- A full disk, damage, and files that somebody else made ------------------------------------------------
+def test_ctrl_c_outside_of_training_is_one_line(start, one_line, monkeypatch):
     monkeypatch.setattr(conftest, "longer", lambda *_: signal.raise_signal(signal.SIGINT))
-    ends(start("eval"), 130, "interrupted")
+    assert "interrupted" in one_line(start("eval"), status=130)
+
+
+FULL = "sft/tokenizer_config.json rm/config.json drpo/settings.new drpo/checkpoint.new drpo/model.safetensors drpo/result.new"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device on which there is never room")
-@pytest.mark.parametrize(
-    "path",
-    "sft/tokenizer_config.json rm/config.json drpo/settings.new drpo/checkpoint.new drpo/model.safetensors drpo/result.new "
-    "eval/samples.jsonl eval/report.new".split(),
-)
-def test_a_full_disk_is_one_line_and_the_run_resumes(start, small_run, tmp_path, ends, monkeypatch, path):
+@pytest.mark.parametrize("path", [*FULL.split(), "eval/samples.jsonl", "eval/report.new"])
+def test_a_full_disk_is_one_line_and_the_run_resumes(start, small_run, tmp_path, one_line, monkeypatch, path):
     stage, name = path.split("/")
     command, folder = start(stage), tmp_path / "run" / ("" if stage == "eval" else stage)
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +213,8 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(start, small_run, tmp_path,
         if name == "model.safetensors":  # safetensors replaces the link; this is what it says
             error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
             patch.setattr(drpo, "save_network", lambda *_: (_ for _ in ()).throw(error))
-        ends(command, 3, "No space left on device", str(tmp_path), "resumes")
+        line = one_line(command, status=3)
+    assert "No space left on device" in line and str(tmp_path) in line
     (folder / name).unlink()
     drpo.main(command)
     if stage == "eval":
@@ -264,7 +234,7 @@ class Malice:
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "of another stage", "pickle"])
-def test_a_damaged_checkpoint_is_one_line_and_not_executed(start, small_run, tmp_path, ends, how):
+def test_a_damaged_checkpoint_is_one_line_and_not_executed(start, small_run, tmp_path, one_line, how):
     command, path, planted = start("drpo"), tmp_path / "run" / "drpo" / "checkpoint.pt", tmp_path / "planted"
     path.parent.mkdir()
     own, other = [(small_run / stage / "checkpoint.pt").read_bytes() for stage in ("drpo", "rm")]
@@ -273,8 +243,7 @@ def test_a_damaged_checkpoint_is_one_line_and_not_executed(start, small_run, tmp
         torch.save({"params": Malice(planted), "update": 1}, path)
         torch.load(path, weights_only=False)  # it is live
         planted.unlink()
-    ends(command, 2, str(path), "cannot be read", "delete it")
-    assert not planted.exists()
+    assert f"{path}: cannot be read; delete it" in one_line(command) and not planted.exists()
 
 
 @pytest.mark.parametrize("what", ["pickle", "code"])

@@ -4,15 +4,13 @@ import collections
 import copy
 import dataclasses
 import itertools
-import random
 from types import SimpleNamespace
 
 import conftest
 import pytest
 import torch
-from test_models import EOS, KINDS, VOCABULARY, S, tiny, token_lists
+from test_models import EOS, KINDS, S, tiny, token_lists
 from torch import nn
-from torch.nn import functional as F
 from transformers import GPT2Config
 
 import drpo
@@ -61,8 +59,10 @@ def test_rollouts_are_those_of_whole_forward_passes(kind):
     for temperature in (0.7, 1.0):
         wanted = [slow_rollout(network, *row, temperature) for row in zip(QUERIES, PREFIXES, U)]
         assert roll(network, QUERIES, PREFIXES, U, temperature) == wanted
-    ended = [ids[-1] == EOS for ids in wanted]
-    assert any(ended) and not all(ended) and any(len(ids) < T for ids in wanted)
+    seen = {(len(prefix), len(ids), ids[-1] == EOS) for ids, prefix in zip(wanted, PREFIXES)}
+    assert {True, False} == {ended for *_, ended in seen} and any(n < T for _, n, _ in seen)
+    if kind == "gpt_neox":  # EOS early, at the last token with and without a prefix, and never
+        assert {(0, 3, True), (0, T, True), (T - 1, T, True), (0, T, False)} <= seen
 
 
 @torch.no_grad()
@@ -89,29 +89,6 @@ def test_rollouts_do_not_depend_on_the_rows_beside_them(kind):
     assert roll(network, queries[::-1], prefixes[::-1], u.flip(0), micro_batch=2) == first[::-1]
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt2"])
-def test_a_prefix_fed_at_once_equals_tokens_forced_one_by_one(kind):
-    network = likely_eos(tiny(kind))
-    whole = roll(network, QUERIES, [[]] * 9, U)
-    for n in range(1, T):  # a rollout reset to a part of itself ends as it did
-        assert roll(network, QUERIES, [ids[: min(n, len(ids) - 1)] for ids in whole], U) == whole
-    assert len(set(map(tuple, whole))) > 5
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-@torch.no_grad()
-def test_eos_may_come_first_last_or_never(prefix):
-    """Uniforms from the middle of what draws the wanted token; prefixes of 0, of 1 and of all but one of six tokens."""
-    network, rng, query, u = likely_eos(tiny("gpt_neox")), random.Random(prefix), [5, 6, 7], torch.zeros(3, 6)
-    start, rest = [[rng.randrange(4, VOCABULARY) for _ in range(n)] for n in (prefix, 5 - prefix)]
-    wanted = [[*start, EOS], [*start, *rest, EOS], [*start, *rest, 9]]
-    for row, ids in enumerate(wanted):
-        for t in range(prefix, len(ids)):
-            cdf = F.pad(network(torch.tensor([query + ids[:t]])).logits[0, -1].double().softmax(-1).cumsum(-1), (1, 0))
-            u[row, t] = (cdf[ids[t]] + cdf[ids[t] + 1]) / 2
-    assert roll(network, [query] * 3, [start] * 3, u, temperature=1.0) == wanted
-
-
 def test_a_token_without_probability_is_never_drawn():
     def drawn(probabilities, u):
         def body(input_ids, **_):  # its states are the logits, and the head changes nothing
@@ -128,10 +105,7 @@ def test_a_token_without_probability_is_never_drawn():
         assert drawn(torch.cat([torch.ones(n) / n, torch.zeros(1)]), [last]) == [[n - 1]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Resets
-
-
+# ---- Resets ------------------------------------------------------------------------------------------------
 def resets(update=0, policy=None, reference=None, rows=None, tokenizer=None, **changes):
     """-> one batch of reset_rollouts on the corpus of conftest.py."""
     changes = {"reset_to": "reference", "batch_size": 64} | changes
@@ -140,8 +114,7 @@ def resets(update=0, policy=None, reference=None, rows=None, tokenizer=None, **c
     return drpo.reset_rollouts(roles, rows or conftest.posts(), update, tokenizer or conftest.tokenizer(), s)
 
 
-def lists(batch):
-    """-> queries, responses and prefixes as lists of ids."""
+def lists(batch):  # -> queries, responses and prefixes as lists of ids
     rows, ends = batch["ids"].tolist(), batch["query_len"] + batch["response_len"]
     queries = [ids[:n] for ids, n in zip(rows, batch["query_len"])]
     responses = [ids[:n] for ids, n in zip(batch["response"].tolist(), batch["response_len"])]
@@ -159,11 +132,7 @@ def test_prefixes_are_those_of_the_references(beta, include_prompt, shortest):
     assert all(text == reference[: len(text)] for text, reference in zip(texts, whole))
     assert min(map(len, texts)) == shortest and any(map(bool, texts)) == bool(beta)
     assert not beta or any(len(text) == len(reference) == 3 for text, reference in zip(texts, whole))
-    assert all(len(response) > len(prefix) for response, prefix in zip(responses, prefixes))
-    assert batch["has_eos"].tolist() == [ids[-1] == 0 for ids in responses] and all(0 not in ids[:-1] for ids in responses)
-    assert all(len(ids) == 7 or ids[-1] == 0 for ids in responses)
-    if beta == 0.5:
-        assert 18 <= (batch["reset_len"] > 0).sum() <= 46  # 3.5 standard deviations of 64 coins
+    assert batch["has_eos"].tolist() == [ids[-1] == 0 for ids in responses]
 
 
 def test_a_batch_depends_on_seed_and_update_alone():
@@ -176,25 +145,11 @@ def test_a_batch_depends_on_seed_and_update_alone():
     assert drawn(2, 0, 0) == first and first not in (drawn(1, 1, 0), drawn(1, 0, 1))
 
 
-def test_with_rloo_a_group_shares_its_start():
-    batch = resets(beta=1.0, advantages="rloo", group=4)
-    starts = [tuple(query + prefix) for query, _, prefix in zip(*lists(batch))]
-    groups = [starts[i : i + 4] for i in range(0, 64, 4)]
-    assert all(len(set(group)) == 1 for group in groups) and len(set(starts)) > 8
-    assert len(set(map(tuple, batch["ids"].tolist()))) > 32  # what follows differs
-
-
-def endless():
-    """The tokenizer of conftest.py with an EOS that its network cannot draw."""
-    tokenizer = conftest.tokenizer()
-    tokenizer.add_special_tokens({"eos_token": "[NEVER]"})
-    return tokenizer
-
-
 def test_reset_to_sft_starts_with_what_the_sft_network_writes():
-    certain = conftest.network(1)
+    certain, endless = conftest.network(1), conftest.tokenizer()
     certain.get_output_embeddings().weight.data *= 1e4  # one token has all the probability
-    batch = resets(reference=certain, tokenizer=endless(), beta=1.0, reset_to="sft", batch_size=700)
+    endless.add_special_tokens({"eos_token": "[NEVER]"})  # which the network cannot draw
+    batch = resets(reference=certain, tokenizer=endless, beta=1.0, reset_to="sft", batch_size=700)
     written = {}
     for query, _, prefix in zip(*lists(batch)):
         key = tuple(query)
@@ -204,24 +159,11 @@ def test_reset_to_sft_starts_with_what_the_sft_network_writes():
     assert counts.sum() == 700 and ((counts - 700 / 6) ** 2 / (700 / 6)).sum() < 20.52  # chi-square, 5 degrees, 99.9 %
 
 
-def test_resets_halve_the_row_steps_of_decoding():
-    rows, steps = [{"prompt": "a b", "reference": " ".join("abcdef" * 4)}], []
-    for beta in (0.0, 1.0):
-        network, seen = conftest.network(), []
-        network.gpt_neox.embed_in.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(len(args[0])))
-        resets(policy=network, rows=rows, tokenizer=endless(), beta=beta, response_length=24, batch_size=256, micro_batch=32)
-        steps.append(sum(seen))
-    assert steps[0] == 256 * 24 and steps[1] <= 0.55 * steps[0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.cuda
 def test_an_update_on_cuda_is_that_of_the_cpu():
     results = []
     for device in ("cpu", "cuda"):
-        s = dataclasses.replace(drpo.parse(["drpo", *conftest.SMALL, "--device", device])[1], beta=0.5)
+        s = dataclasses.replace(drpo.parse(["drpo", *conftest.SMALL, "--device", device])[1], beta=0.5, temperature=0.7)
         network, backbone = [conftest.network().to(device) for _ in range(2)]
         reward = backbone.base_model, drpo.scalar_head(torch.linspace(-1, 1, 16, device=device)[None])
         roles = drpo.build_roles(network, reward, s)

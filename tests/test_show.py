@@ -6,15 +6,13 @@ import sys
 
 import pytest
 import torch
-from run_folder import make_run, write_lines
+from conftest import make_run, write_lines
 
 import drpo
 from tools import report, show
 
 B, T = 12, 12
-SIZES = (
-    f"--sft_steps 2 --rm_steps 2 --updates 1 --batch_size {B} --micro_batch 4 --epochs 1 --response_length {T} --eval_samples 2"
-)
+SIZES = f"--sft_steps 2 --rm_steps 2 --updates 1 --batch_size {B} --micro_batch 4 --epochs 1 --response_length {T}"
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +24,11 @@ def arguments(tmp_path_factory):
     write_lines(folder / "pairs.jsonl", [{"prompt": r["prompt"], "chosen": r["reference"], "rejected": "none"} for r in rows])
     given = f"--dataset {folder}/rows.jsonl --preference_dataset {folder}/pairs.jsonl --run_dir {folder} --reset_to reference"
     for stage in ("sft", "rm"):
-        drpo.main([stage, *given.split(), *SIZES.split()])
+        drpo.main([stage, *given.split(), *SIZES.split(), "--eval_samples=2"])
     return given.split() + SIZES.split()
 
 
-def shown(capsys, *argv):
-    """What show prints -> [(title, rows of (id, role, {column: cell}))]."""
+def shown(capsys, *argv):  # what show prints -> [(title, rows of (id, role, {column: cell}))]
     capsys.readouterr()
     show.main(list(argv))
     found = []
@@ -99,27 +96,3 @@ def test_a_sample_stands_beside_its_reference(tmp_path, capsys, monkeypatch):
     assert "    POST: number 2\n" in text and "reference\n    told 2\n" in text and "DR-PO\n    na?ve ?\n" in text
     assert text.splitlines()[-1].split() == ["DR-PO", "0.5", "2.00", "2.50", "0.20", "10", "yes"]
     assert text.splitlines()[-2].split()[:2] == ["SFT", "-"]
-
-
-@pytest.mark.parametrize(
-    "command, words",
-    [
-        ("none --sample 1", "no samples.jsonl"),
-        ("run --sample 4", "has 4 rows"),
-        ("run --sample -1", "count from 0"),
-        ("run --beta 1", "--beta 1"),
-        ("row --run_dir none", "none/sft: no model"),
-        ("data --row 16", "--row 16"),
-        ("data --beta 2", "--beta 2"),
-        ("data --row x", "--row"),
-        ("", "RUN_DIR"),
-    ],
-)
-def test_bad_input_ends_with_one_line(tmp_path, capsys, monkeypatch, command, words):
-    monkeypatch.chdir(tmp_path)
-    make_run(tmp_path / "run", {"sft": 0.5})
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        show.main(command.split())
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and not out and err.count("\n") == 1 and words in err

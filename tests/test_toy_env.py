@@ -6,7 +6,6 @@ from itertools import product
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import drpo
 import toy_env
@@ -17,8 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def small():
-    """H = 6, A = 4: lock, data, labelled pairs, SFT policy, learned reward."""
+def small():  # H = 6, A = 4: lock, data, labelled pairs, SFT policy, learned reward
     lock = toy_env.detour_lock(6, A=4, seed=3)
     data = toy_env.collect(lock, lock.behaviour, 20_000, drpo.generator(3, "data"))
     pairs = toy_env.label(lock, data, drpo.generator(3, "labels"))
@@ -29,23 +27,7 @@ def random_policy(shape, seed=0):
     return torch.randn(shape, generator=drpo.generator(seed, "policy")).softmax(-1)
 
 
-def trajectories(lock, policy):
-    """Every (probability, states, actions, return) of a small lock, by enumeration."""
-    H, _, A, _ = lock.transition.shape
-    for actions in product(range(A), repeat=H):
-        for rest in product(range(3), repeat=H - 1):
-            states, p, total = (CHAIN, *rest), 1.0, 0.0
-            for h in range(H):
-                p *= policy[h, states[h], actions[h]].item()
-                p *= lock.transition[h, states[h], actions[h], states[h + 1]].item() if h < H - 1 else 1.0
-                total += lock.reward[h, states[h], actions[h]].item()
-            if p:
-                yield p, states, actions, total
-
-
-# ---------------------------------------------------------------------------------------------------------- environment
-
-
+# ---- Environment -------------------------------------------------------------------------------------------
 def test_the_tables_of_four_layers_are_those_by_hand():
     lock = toy_env.detour_lock(4, A=2, c=2.0, seed=5)
     good = [int(lock.transition[h, CHAIN, 1, CHAIN] > 0) for h in range(3)] + [int(lock.reward[3, CHAIN].argmax())]
@@ -64,30 +46,19 @@ def test_the_tables_of_four_layers_are_those_by_hand():
 
 
 def test_values_are_those_of_enumeration():
-    lock, policy = toy_env.detour_lock(3, A=2, seed=1), random_policy((3, 3, 2))
-    expected = sum(p * total for p, _, _, total in trajectories(lock, policy))
-    assert toy_env.q_values(lock, lock.reward, policy)[1] == pytest.approx(expected, abs=1e-6)
-    assert sum(p for p, *_ in trajectories(lock, policy)) == pytest.approx(1.0)
-
-
-def test_coverage_is_that_of_enumeration():
-    lock = toy_env.detour_lock(3, A=2, seed=1)
-    best = F.one_hot(toy_env.q_values(lock, lock.reward)[0].argmax(-1), 2).float()
-    ((p_best, states, actions, total),) = trajectories(lock, best)
-    assert p_best == total == 1.0
-    everything = list(trajectories(lock, lock.behaviour))
-    whole = sum(p for p, s, a, _ in everything if (s, a) == (states, actions))
-    steps = [sum(p for p, s, a, _ in everything if (s[h], a[h]) == (states[h], actions[h])) for h in range(3)]
-    assert toy_env.coverage(lock) == pytest.approx((1 / min(steps), 1 / whole))
-
-
-def test_the_coefficients_of_the_paper_are_184_451_992():
-    values = [toy_env.coverage(toy_env.detour_lock(H, seed=H)) for H in (10, 20, 40)]
-    assert [round(c_st) for c_st, _ in values] == [184, 451, 992]
-    assert [math.log10(c_tr) for _, c_tr in values] == pytest.approx([10, 20, 40], abs=1e-3)
+    lock, policy, expected = toy_env.detour_lock(3, A=2, seed=1), random_policy((3, 3, 2)), 0.0
+    for *actions, s1, s2 in product((0, 1), (0, 1), (0, 1), range(3), range(3)):
+        p = 1.0
+        for h, s, after in zip(range(3), (CHAIN, s1, s2), (s1, s2, None)):
+            p *= policy[h, s, actions[h]] * (1 if after is None else lock.transition[h, s, actions[h], after])
+        expected += p * sum(lock.reward[h, s, actions[h]] for h, s in enumerate((CHAIN, s1, s2)))
+    assert toy_env.q_values(lock, lock.reward, policy)[1] == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_the_data_covers_the_chain_and_earns_nothing():
+    values = [toy_env.coverage(toy_env.detour_lock(H, seed=H)) for H in (10, 20, 40)]  # C_ST and C_TR of the paper
+    assert [round(c_st) for c_st, _ in values] == [184, 451, 992]
+    assert [math.log10(c_tr) for _, c_tr in values] == pytest.approx([10, 20, 40], abs=1e-3)
     lock = toy_env.detour_lock(20, seed=0)
     data = toy_env.collect(lock, lock.behaviour, 100_000, drpo.generator(0, "data"))
     returns = toy_env.summing(data, 10)(lock.reward)
@@ -105,16 +76,13 @@ def test_draws_follow_the_cdf_even_at_its_edges():
     assert toy_env.cdf(torch.tensor([[[0.3, 0.3, 0.3]]]))[0, -1] == 1.0  # rounding never leaves a gap at the end
 
 
-# --------------------------------------------------------------------------------------------------------------- resets
-
-
+# ---- Resets ------------------------------------------------------------------------------------------------
 def test_an_episode_replays_the_data_then_follows_the_policy(small):
     lock, data, _, sft, _ = small
     rows, reset_len = toy_env.draw_resets(data, 5000, 1.0, drpo.generator(1, "resets"))
     first = torch.full((5000,), 2)
-    states, actions = toy_env.rollout(
-        lock, sft, reset_len, drpo.generator(1, "episodes"), data.states[rows], data.actions[rows], first
-    )
+    given = data.states[rows], data.actions[rows], first
+    states, actions = toy_env.rollout(lock, sft, reset_len, drpo.generator(1, "episodes"), *given)
     T, at = states.shape[1], (torch.arange(5000), reset_len)
     prefix = torch.arange(T) < reset_len[:, None]
     assert torch.equal(states[prefix], data.states[rows][:, :T][prefix])
@@ -140,15 +108,11 @@ def first_policies(small, n=3, data=None, **settings):
     return [next(updates)[0].clone() for _ in range(n)]
 
 
-def flipped(data):
-    return Data(*[x.flip(0) for x in data])
-
-
 @pytest.mark.parametrize(
-    "settings, matters", [({"beta": 0.0}, False), ({"beta": 0.5}, True), ({"beta": 0.5, "roll_in": True}, False)]
+    "settings, matters", [({"beta": 0}, False), ({"beta": 1}, True), ({"beta": 1, "roll_in": True}, False)]
 )
 def test_the_data_matters_only_where_it_is_reset_to(small, settings, matters):
-    one, other = [first_policies(small, data=data, **settings) for data in (small[1], flipped(small[1]))]
+    one, other = [first_policies(small, data=data, **settings) for data in (small[1], Data(*[x.flip(0) for x in small[1]]))]
     assert all(torch.equal(a, b) for a, b in zip(one, other)) != matters
 
 
@@ -185,29 +149,7 @@ def test_the_count_bonus_is_1_over_the_root_of_the_visits(small, monkeypatch):
     torch.testing.assert_close(gain, 2.0 / counts[actions[:, 0]].sqrt())
 
 
-# -------------------------------------------------------------------------------------------------------------- methods
-
-
-def test_the_first_ppo_step_is_the_exact_policy_gradient(small):
-    """lambda = 1, no baseline: minus the loss's gradient, times steps per episode, against that of the dynamic programme."""
-    lock, policy = small[0], random_policy((6, 3, 4), seed=1)
-    logits, batches, v = policy.log().requires_grad_(), [], torch.zeros(3)
-    for h in reversed(range(6)):
-        v = (logits.softmax(-1)[h] * (lock.reward[h] + lock.transition[h] @ v)).sum(-1)
-    (exact,) = torch.autograd.grad(v[CHAIN], logits)
-    for i in range(20):
-        states, actions = toy_env.rollout(lock, policy, torch.zeros(20_000).long(), drpo.generator(i, "episodes"))
-        mask, cells = states != END, toy_env.cells_of(states, actions, 4)
-        returns, _ = drpo.gae(lock.reward.flatten()[cells], torch.zeros(cells.shape), mask, 1.0, 1.0)
-        logprobs = logits.log_softmax(-1).flatten()[cells]
-        loss, clipfrac = drpo.ppo_policy_loss(logprobs, logprobs.detach(), returns, mask, 0.2)
-        assert clipfrac == 0
-        batches.append(-torch.autograd.grad(loss, logits)[0] * mask.sum() / len(mask))
-    batches = torch.stack(batches)
-    assert exact.abs().max() > 0.01
-    assert ((batches.mean(0) - exact).abs() <= 5 * batches.std(0) / math.sqrt(20) + 1e-6).all()
-
-
+# ---- Methods -----------------------------------------------------------------------------------------------
 def test_the_npg_step_minimises_its_objective():
     sft, policy = random_policy((2, 3, 4), 1).double(), random_policy((2, 3, 4), 2).double()
     q, eta, lam = torch.randn(2, 3, 4, generator=drpo.generator(3)).double(), 5.0, 0.3
@@ -219,8 +161,7 @@ def test_the_npg_step_minimises_its_objective():
     torch.testing.assert_close(toy_env.npg_step(sft.log(), policy.log(), q, 1.0, 1e9).exp(), sft)  # a huge lambda
 
 
-def test_the_clone_counts():
-    """Two trajectories of one step, actions 0 and 1 of 2: each counted once, plus one."""
+def test_the_clone_counts():  # two trajectories of one step, actions 0 and 1 of 2: each counted once, plus one
     data = Data(torch.tensor([[CHAIN, END], [CHAIN, CHAIN]]), torch.tensor([[0, 0], [0, 1]]), torch.tensor([1, 2]))
     policy = toy_env.clone(data, 2)
     assert policy[0, CHAIN].tolist() == [0.75, 0.25]  # two of action 0, plus one each
@@ -239,56 +180,30 @@ def test_the_fitted_reward_recovers_differences():
     assert reward[0, CORRIDOR].eq(0).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------- demo
-
-
-def test_every_claim_names_rows_that_exist():
-    assert len(toy_env.CLAIMS) <= 8
-    assert {row for _, rows, _ in toy_env.CLAIMS for row in rows} <= toy_env.ROWS.keys()
+# ---- Demo --------------------------------------------------------------------------------------------------
+def test_a_claim_names_rows_and_needs_every_seed():
+    assert len(toy_env.CLAIMS) <= 8 and {row for _, rows, _ in toy_env.CLAIMS for row in rows} <= toy_env.ROWS.keys()
     assert toy_env.COLOURS.keys() <= {row for row, settings in toy_env.ROWS.items() if settings.get("run_on")}
 
+    def runs(*pairs):
+        return [{"solved": solved, "value": value} for solved, value in pairs]
 
-def run(solved, value):
-    return {"solved": solved, "value": value}
-
-
-@pytest.mark.parametrize(
-    "ppo, drpo, expected",
-    [
-        ([run(None, 0.1)], [run(90_000, 0.95), run(110_000, 0.92)], ["holds", "holds"]),
-        ([run(None, 0.6)], [run(90_000, 0.95), run(None, 0.4)], ["does not hold", "does not hold"]),
-    ],
-)
-def test_a_claim_needs_every_seed(ppo, drpo, expected):
-    table = toy_env.verdicts({"PPO": ppo, "DR-PO": drpo})
-    assert [verdict for _, verdict, _ in table] == expected
-    assert toy_env.summary([run(90_400, 0.95), run(None, 0.6)]) == ("1/2", "90k - 90k", "0.60 to 0.95")
+    shown = {"PPO": runs((None, 0.1)), "DR-PO": runs((90_000, 0.95), (110_000, 0.92))}
+    not_shown = {"PPO": runs((None, 0.6)), "DR-PO": runs((90_000, 0.95), (None, 0.4))}
+    assert [verdict for _, verdict, _ in toy_env.verdicts(shown)] == ["holds"] * 2
+    assert [verdict for _, verdict, _ in toy_env.verdicts(not_shown)] == ["does not hold"] * 2
+    assert toy_env.summary(runs((90_400, 0.95), (None, 0.6))) == ("1/2", "90k - 90k", "0.60 to 0.95")
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    out = tmp_path_factory.mktemp("quick")
-    return out, toy_env.main(["--quick", "--seeds", "0", "--out", str(out)])
-
-
-def test_the_quick_demo_shows_the_claim_on_one_seed(quick):
-    out, status = quick
-    results = json.loads((out / "results.json").read_text())
+def test_the_quick_demo_shows_the_claim_on_one_seed(tmp_path):
+    status = toy_env.main(["--quick", "--seeds", "0", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
     assert status == 0 and [verdict for _, verdict, _ in results["claims"]] == ["holds", "holds"]
     (ppo,), (drpo,) = results["runs"]["PPO"], results["runs"]["DR-PO"]
     assert ppo["seed"] == drpo["seed"] == 0 and drpo["solved"] and not ppo["solved"]
     later = [sum(run["curve"][-1][12:]) for run in (ppo, drpo)]  # episodes, value, then layers 0 to 19
     assert later[0] < 0.05 and later[1] > 5
-    assert (out / "toy.png").stat().st_size > 20_000
-
-
-@pytest.mark.parametrize("argv", [["--quick", "--full"], ["--seeds", "x"], ["--nosuch"], ["--out", "FILE"]])
-@pytest.mark.parametrize("main", [toy_env.main, toy_sweep.main])
-def test_bad_input_is_one_line_and_status_2(main, argv, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "file") if word == "FILE" else word for word in argv])
-    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "toy.png").stat().st_size > 20_000
 
 
 def test_the_sweep_resumes_what_is_missing(tmp_path):

@@ -15,37 +15,29 @@ DEED, FEELING, WISH, HELP, HONEST = "my boss sold our car .", "i feel hurt .", "
 ASK, ALL = toy_text.QUESTION, [DEED, FEELING, WISH, HELP, HONEST]  # 4 words; 5 + 3 + 4 + 2 + 2 words
 
 
-@pytest.mark.parametrize(
-    "clauses, score",
-    [
-        ([*ALL, ASK], 5 * 0.3 + 4.0 - 0.1 * 20),
-        (ALL, 5 * 0.3 - 0.1 * 16),
-        ([DEED, FEELING, WISH, ASK], 3 * 0.3 - 0.1 * 16),  # asked too early: the gate is closed
-        ([ASK, *ALL], 5 * 0.3 - 0.1 * 20),
-        ([*toy_text.VAGUE, HELP, HONEST, ASK], -3 * 0.9 + 2 * 0.3 + 4.0 - 0.1 * 16),  # vague, but asked at the end
-        ([FEELING], 0.3 - 0.3),
-        (["i feel sad ."], -0.9 - 0.3),  # invented
-        ([FEELING, FEELING], 0.3 - 0.5 - 0.6),  # repeated
-        ([FEELING, "i want"], 0.3 - 0.9 - 1.0 - 0.5),  # "i want" is invented as it stands, and no end
-        ([], -1.0),  # no end
-    ],
-)
-def test_the_gold_score_by_hand(clauses, score):
-    assert toy_text.gold_score(PROMPT, " ".join(clauses)) == pytest.approx(score)
+SCORES = [
+    ([*ALL, ASK], 5 * 0.3 + 4.0 - 0.1 * 20),
+    (ALL, 5 * 0.3 - 0.1 * 16),
+    ([DEED, FEELING, WISH, ASK], 3 * 0.3 - 0.1 * 16),  # asked too early: the gate is closed
+    ([ASK, *ALL], 5 * 0.3 - 0.1 * 20),
+    ([*toy_text.VAGUE, HELP, HONEST, ASK], -3 * 0.9 + 2 * 0.3 + 4.0 - 0.1 * 16),  # vague, but asked at the end
+    ([FEELING], 0.3 - 0.3),
+    (["i feel sad ."], -0.9 - 0.3),  # invented
+    ([FEELING, FEELING], 0.3 - 0.5 - 0.6),  # repeated
+    ([FEELING, "i want"], 0.3 - 0.9 - 1.0 - 0.5),  # "i want" is invented as it stands, and no end
+    ([], -1.0),  # no end
+    *[([*clauses, ASK], 5 * 0.3 + 4.0 - 0.1 * 20) for clauses in permutations(ALL)],
+]
 
 
-def test_all_orders_of_the_five_clauses_score_the_same():
-    scores = [toy_text.gold_score(PROMPT, " ".join([*clauses, ASK])) for clauses in permutations(ALL)]
-    assert scores == pytest.approx([5 * 0.3 + 4.0 - 2.0] * 120)
+def test_the_gold_score_by_hand():
+    assert [toy_text.gold_score(PROMPT, " ".join(x)) for x, _ in SCORES] == pytest.approx([score for _, score in SCORES])
 
 
-def test_a_full_summary_has_the_six_clauses_once_each():
+def test_a_full_summary_has_the_six_clauses_and_wins():
     assert toy_text.is_full(PROMPT, " ".join([*ALL, ASK])) and toy_text.is_full(PROMPT, " ".join([*ALL[::-1], ASK]))
     for clauses in (ALL, [*ALL, ASK, ASK], [*ALL[:4], ASK], [*ALL[:4], FEELING, ASK], [*ALL[:4], ASK, HONEST], []):
         assert not toy_text.is_full(PROMPT, " ".join(clauses))
-
-
-def test_the_judge_sees_winners_and_ties():
     full, short = " ".join([*ALL, ASK]), FEELING
     assert toy_text.gold_judge([PROMPT] * 3, [full, short, full], [short, full, full]) == [1.0, 0.0, 0.5]
 
@@ -70,17 +62,13 @@ def full_share(rows, name):
     return mean(toy_text.is_full(row["prompt"], row[name]) for row in rows)
 
 
-def test_gate_references_are_full_as_often_as_nobody_stops():
+def test_few_responses_are_full_and_most_chosen_ones_begin_or_end_badly():
     assert full_share(toy_text.gate("train", 0), "reference") == pytest.approx(0.35**5, abs=0.003)
     assert full_share(toy_text.gate("train", 0, stop=0.2), "reference") == pytest.approx(0.8**5, abs=0.03)
-
-
-def test_most_chosen_responses_begin_or_end_badly():
     rows = toy_text.gate_pairs("train", 0)
     assert 0.08 < full_share(rows, "chosen") < 0.16  # one of two annotators is careful: 1 - 0.94^2 = 0.12
-    vague = mean(row["chosen"].startswith(toy_text.VAGUE[0]) for row in rows)
-    short = mean(not row["chosen"].endswith(ASK) for row in rows)
-    assert vague > 0.25 and short > 0.25
+    assert mean(row["chosen"].startswith(toy_text.VAGUE[0]) for row in rows) > 0.25
+    assert mean(not row["chosen"].endswith(ASK) for row in rows) > 0.25
 
 
 def test_labels_err_as_often_as_bradley_terry_says():

@@ -27,8 +27,7 @@ def run(start, tmp_path):
     return run
 
 
-def gap(a, b):
-    """The largest difference between two dicts of tensors with the same names."""
+def gap(a, b):  # the largest difference between two dicts of tensors with the same names
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
@@ -37,17 +36,12 @@ def weights_of(modules):
     return {f"{name}.{key}": p.data for name, module in modules.items() for key, p in module.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Plain loops. One row at a time, no padding, no cache, no function of drpo.py that computes a loss, a mask or a rollout
-
-
-def encode(row, field, length, words):
-    """-> (ids of the prompt, ids of the response)."""
+# ---- Plain loops. One row at a time, no padding, no cache, no function of drpo.py that computes a loss, a mask or a rollout
+def encode(row, field, length, words):  # -> (ids of the prompt, ids of the response)
     return words(row["prompt"])["input_ids"][-8:], ([*words(row[field])["input_ids"], 0])[:length]
 
 
-def plain_logits(network, query, response, temperature):
-    """The logits that each response token is drawn from, (n, V)."""
+def plain_logits(network, query, response, temperature):  # the logits that each response token is drawn from, (n, V)
     return network(torch.tensor([query + response])).logits[0, len(query) - 1 : -1] / temperature
 
 
@@ -55,8 +49,7 @@ def plain_logprobs(network, query, response, temperature=1.0):
     return plain_logits(network, query, response, temperature).log_softmax(-1)[range(len(response)), response]
 
 
-def plain_states(body, query, response):
-    """The states before each response token, and the one at the last token: (n + 1, d)."""
+def plain_states(body, query, response):  # the states before each response token, and the one at the last token: (n + 1, d)
     return body(input_ids=torch.tensor([query + response])).last_hidden_state[0, len(query) - 1 :]
 
 
@@ -72,8 +65,7 @@ def plain_whiten(x, centre=True):
     return (x - x.mean()) / (x.var(correction=0) + 1e-8).sqrt() + (0 if centre else x.mean())
 
 
-def plain_optimizer(modules, lr):
-    """-> step(loss, share of the learning rate) -> norm of the gradient, clipped to 1."""
+def plain_optimizer(modules, lr):  # -> step(loss, share of the learning rate) -> norm of the gradient, clipped to 1
     params = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
 
@@ -151,25 +143,19 @@ def plain_update(s, update, policy, ref, critic, head, reward, step):
         sums += torch.stack([pg_loss, clipfrac, rho.mean(), k3, vf_loss, vf_clipfrac]).detach() / s.epochs
     metrics = dict(zip(("pg_loss", "clipfrac", "ratio", "approx_kl", "vf_loss", "vf_clipfrac"), sums.tolist()))
     metrics |= {"score": scores.mean().item(), "kl": kl.mean().item(), "entropy": -(p * p.log()).sum(-1).mean().item()}
-    metrics |= {
-        "update": update + 1,
-        "lr": s.lr * (1 - update / 2),
-        "grad_norm": norm,
-        "loss": metrics["pg_loss"] + s.vf_coef * metrics["vf_loss"],
-    }
+    metrics |= {"update": update + 1, "lr": s.lr * (1 - update / 2), "grad_norm": norm}
+    metrics |= {"loss": metrics["pg_loss"] + s.vf_coef * metrics["vf_loss"]}
     metrics |= {"response_tokens": sum(len(x) for _, x, _ in rollouts) / len(rollouts), "tokens_decoded": sum(lengths)}
     metrics |= {"eos_rate": sum(x[-1] == 0 for _, x, _ in rollouts) / len(rollouts)}
     metrics |= {"reset_share": sum(k > 0 for _, _, k in rollouts) / len(rollouts)}
     metrics |= {"explained_variance": (1 - raw.var() / returns.var()).item()}
-    if not is_gae:
-        metrics = {name: x for name, x in metrics.items() if name[:2] != "vf" and name != "explained_variance"}
-    return metrics
+    return {name: x for name, x in metrics.items() if is_gae or name not in ("vf_loss", "vf_clipfrac", "explained_variance")}
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.6])
 @pytest.mark.parametrize("advantages, whiten", [("gae", True), ("gae", False), ("rloo", False)])
 def test_updates_are_those_of_a_plain_loop(start, run, advantages, whiten, beta):
-    """Two of them, so that there is a KL. With clipping in both losses and a discount."""
+    """Two of them, so that there is a KL. With clipping in both losses, a discount, and a last micro-batch that is smaller."""
     changes = dict(epochs=3, cliprange=0.02, cliprange_value=0.05, gamma=0.9, lam=0.8, kl_coef=0.5, temperature=0.7)
     changes |= dict(beta=beta, advantages=advantages, group=4, whiten_rewards=whiten, batch_size=16, micro_batch=5, updates=2)
     weights, metrics = run("drpo", reset_to="reference", **changes)
@@ -200,8 +186,8 @@ def plain_loss(stage, modules, ref, rows, words):
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_a_supervised_stage_takes_the_steps_of_a_plain_loop(start, run, stage):
-    sizes = dict(sft_batch_size=7, rm_batch_size=7, dpo_batch_size=7, updates=3, sft_steps=3, rm_steps=3, dpo_beta=0.5)
-    sizes["rm_center"] = 0.1
+    sizes = dict.fromkeys(["sft_batch_size", "rm_batch_size", "dpo_batch_size"], 7)
+    sizes |= dict(micro_batch=5, updates=3, sft_steps=3, rm_steps=3, dpo_beta=0.5, rm_center=0.1)
     weights, metrics = run(stage, **sizes)
     s = drpo.parse(start(stage, "plain", **sizes))[1]
     words, sft = drpo.load(drpo.AutoTokenizer, s.tokenizer, s), s.model if stage == "sft" else f"{s.run_dir}/sft"
@@ -217,83 +203,28 @@ def test_a_supervised_stage_takes_the_steps_of_a_plain_loop(start, run, stage):
         wanted = {"update": update + 1, "lr": 0.003 * share, "loss": loss.item(), "grad_norm": step(loss, share)}
         wanted |= {} if stage == "sft" else {"accuracy": accuracy}
         assert metrics[update] == pytest.approx(wanted, rel=1e-3, abs=1e-4)
-    plain = weights_of(modules)
-    assert weights.keys() == plain.keys() and gap(weights, plain) < 1e-4
+    assert gap(weights, weights_of(modules)) < 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Means over the batch, the mask, the schedule
-
-
+# ---- Means over the batch, the mask, the schedule ----------------------------------------------------------
 def test_resets_to_chosen_read_no_other_column(start, monkeypatch):
-    labelled = [row | {"label": "a label"} for row in conftest.pairs()]
+    found, labelled = [], [row | {"label": "a label"} for row in conftest.pairs()]
     monkeypatch.setattr(conftest, "labelled", lambda: labelled, raising=False)
-    found = []
     monkeypatch.setattr(drpo, "drpo_update", lambda roles, optimizer, rows, *rest: found.extend(rows) or {})
     drpo.main(start("drpo", preference_dataset="conftest:labelled", updates=1))
-    assert found and all(row["reference"] == row["chosen"] for row in found)
-    assert {row["chosen"] for row in found} <= {row["chosen"] for row in labelled}
+    assert found and all(row["reference"] == row["chosen"] in {x["chosen"] for x in labelled} for row in found)
 
 
-@pytest.mark.parametrize("stage, advantages", [*((stage, "gae") for stage in ("sft", "rm", "dpo", "drpo")), ("drpo", "rloo")])
-def test_the_gradient_does_not_depend_on_micro_batch(run, monkeypatch, stage, advantages):
-    """Losses are means over the batch, summed over micro-batches. Of seven pairs the last micro-batch is a smaller one."""
-    found, step = [], drpo.step
-
-    def recorded(optimizer, *rest):
-        found.append({i: p.grad.clone() for i, p in enumerate(optimizer.param_groups[0]["params"]) if p.grad is not None})
-        return step(optimizer, *rest)
-
-    monkeypatch.setattr(drpo, "step", recorded)
-    sizes = dict(sft_batch_size=7, rm_batch_size=7, dpo_batch_size=7, updates=1, sft_steps=1, rm_steps=1, epochs=1)
-    for micro_batch in (8, 1, 2, 4):
-        run(stage, str(micro_batch), micro_batch=micro_batch, advantages=advantages, **sizes)
-    assert max(g.abs().max() for g in found[0].values()) > 1e-2 and all(gap(other, found[0]) < 2e-5 for other in found[1:])
-
-
-def test_only_the_states_in_the_mask_get_a_gradient(run, monkeypatch):
-    """States are made leaves behind the transformer, so that each shows what came back to it."""
-    leaves, seen, build, values = [], [], drpo.build_roles, drpo.response_values
-
-    def cut(body, inputs, output):
-        if torch.is_grad_enabled():
-            leaves.append(output.last_hidden_state.detach().requires_grad_())
-            output.last_hidden_state = leaves[-1]
-        return output
-
-    def with_leaves(*args):
-        roles = build(*args)
-        for network in (roles.policy.base_model, roles.critic):
-            network.register_forward_hook(cut)
-        return roles
-
-    monkeypatch.setattr(drpo, "build_roles", with_leaves)
-    monkeypatch.setattr(drpo, "response_values", lambda *args: seen.append(args[2:]) or values(*args))
-    run("drpo", updates=1, beta=0.8, batch_size=16, micro_batch=16)
-    batch, mask = seen[-1]
-    wanted = torch.zeros(batch["ids"].shape, dtype=torch.bool)
-    for row, t in mask.nonzero().tolist():
-        wanted[row, batch["query_len"][row] - 1 + t] = True
-    assert len(leaves) == 4 and 0 < wanted.sum() < batch["response_len"].sum()
-    assert all(torch.equal((leaf.grad != 0).any(-1), wanted) for leaf in leaves)
-
-
-def test_the_optimizer_is_the_official_adamw(start, tmp_path):
-    module = nn.Linear(2, 2)
+def test_the_optimizer_is_the_official_adamw(tmp_path):
+    module, s = nn.Linear(2, 2), drpo.parse(["sft", "--run_dir", str(tmp_path)])[1]
     module.bias.requires_grad_(False)
-    command = start("sft")
-    (tmp_path / "run" / "sft").mkdir(parents=True)
-    _, optimizer, _ = next(drpo.training("sft", 1, 0.1, module, drpo.parse(command)[1]))
-    wanted = dict(
-        params=[module.weight], lr=0.1, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01, amsgrad=False, maximize=False
-    )
+    (tmp_path / "sft").mkdir()
+    _, optimizer, _ = next(drpo.training("sft", 1, 0.1, module, s))
+    wanted = dict(params=[module.weight], lr=0.1, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01, amsgrad=False)
     assert type(optimizer) is torch.optim.AdamW and {x: optimizer.param_groups[0][x] for x in wanted} == wanted
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# PPO, RLOO, LoRA, learning
-
-
+# ---- PPO, RLOO, LoRA, learning -----------------------------------------------------------------------------
 @pytest.mark.parametrize("advantages, lora_r", [("gae", 0), ("gae", 4), ("rloo", 0)])
 def test_ppo_is_drpo_at_beta_0_bit_for_bit(run, advantages, lora_r):
     changes = dict(updates=2, lora_r=lora_r, advantages=advantages)
@@ -305,13 +236,13 @@ def test_ppo_is_drpo_at_beta_0_bit_for_bit(run, advantages, lora_r):
 
 
 def test_supervised_lora_is_merged_into_the_saved_networks(start, tmp_path):
-    command = start("sft", supervised_lora_r=4, sft_lr=0.03)
-    drpo.main(command)
-    merged, original = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "sft"), drpo.resolve("conftest:network")()
-    moved = {name for name, p in merged.state_dict().items() if (p - original.state_dict()[name]).abs().max() > 1e-3}
-    assert moved == {name for name in original.state_dict() if "query_key_value.weight" in name}
-    for stage in ("rm", "drpo"):  # whose check finds that references score 0
+    command, weights = start("sft", supervised_lora_r=4, sft_lr=0.03, rm_lr=0.03), [conftest.network().base_model.state_dict()]
+    for stage, auto in (("sft", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification)):
         drpo.main([stage, *command[1:]])
+        weights.append(auto.from_pretrained(tmp_path / "run" / stage).base_model.state_dict())
+        moved = {name for name, p in weights[-1].items() if (p - weights[-2][name]).abs().max() > 1e-3}
+        assert moved == {name for name in weights[0] if "query_key_value.weight" in name}
+    drpo.main(["drpo", *command[1:]])  # whose check finds that references score 0
 
 
 def test_the_reward_model_and_the_policy_learn(start, tmp_path):
@@ -328,61 +259,60 @@ def test_the_reward_model_and_the_policy_learn(start, tmp_path):
         assert last > first + 0.5 and metrics[0]["kl"] == pytest.approx(0.0, abs=1e-6) and metrics[-1]["kl"] > 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What stops a run, with status 3 and before the weights move
-
-
+# ---- What stops a run, with status 3 and before the weights move -------------------------------------------
 @pytest.fixture
-def stops(tmp_path, capsys):
+def stops(one_line, tmp_path):
     """stops(command, word, ...) -> how many updates it logged before it ended with status 3 and a line with these words."""
 
     def stops(command, *words):
-        with pytest.raises(SystemExit) as stopped:
-            drpo.main(command)
-        line = capsys.readouterr().err.rpartition("drpo.py: ")[2].partition("\n")[0]
-        assert stopped.value.code == 3 and all(word in line for word in words), line
-        folder = tmp_path / "run" / command[0]
-        assert not (folder / "result.json").exists()
+        line, folder = one_line(command, status=3), tmp_path / "run" / command[0]
+        assert all(word in line for word in words) and not (folder / "result.json").exists(), line
         return len(log_of(folder)) if (folder / "metrics.jsonl").exists() else 0
 
     return stops
 
 
-@pytest.mark.parametrize("lora_r", [0, 4])
-def test_a_reference_that_is_not_the_sft_network_stops_the_run(start, stops, monkeypatch, lora_r):
-    twin = drpo.twin
-
-    def mistaken(network, s, role):
-        trained, frozen = twin(network, s, role)
-        for name, p in trained.named_parameters():
-            p.data += 0.01 * (role == "policy" and ("lora_B" in name or not lora_r))
-        return trained, frozen
-
-    monkeypatch.setattr(drpo, "twin", mistaken)
-    assert stops(start("drpo", lora_r=lora_r), "drpo update 1", "reference") == 0
+def moved_policy(network, s, role, twin=drpo.twin):
+    trained, frozen = twin(network, s, role)
+    for name, p in trained.named_parameters():
+        p.data += 0.01 * (role == "policy" and ("lora_B" in name or not s.lora_r))
+    return trained, frozen
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_resets_that_do_not_follow_beta_stop_the_run(start, stops, monkeypatch, share):
-    original = drpo.sample_reset_lengths
-    monkeypatch.setattr(drpo, "sample_reset_lengths", lambda n, beta, *rest: original(n, share, *rest))
-    assert stops(start("drpo", beta=0.5, batch_size=32), "drpo update 1", "beta") == 0
+def resetting(share, draw=drpo.sample_reset_lengths):
+    return lambda n, beta, *rest: draw(n, share, *rest)
 
 
-@pytest.mark.parametrize("shift", [-1.0, 1.0])
-def test_references_that_do_not_score_0_stop_the_run(start, stops, tmp_path, shift):
-    command, path = start("drpo"), tmp_path / "run" / "rm" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"reward_bias": config["reward_bias"] + shift}))
-    assert stops(command, "reward model", "references") == 0
+def shifted(by, load=drpo.load_reward):
+    def mistaken(*args, **kwargs):
+        backbone, head = load(*args, **kwargs)
+        head.bias.data += by
+        return backbone, head
+
+    return mistaken
 
 
-@pytest.mark.parametrize("advantages", ["gae", "rloo"])
-def test_a_ratio_that_does_not_start_at_1_stops_the_run(start, stops, monkeypatch, advantages):
-    """Training forgets the sampling temperature."""
-    original = drpo.response_logprobs
-    monkeypatch.setattr(drpo, "response_logprobs", lambda *args: original(*args[:3], 1.0 if torch.is_grad_enabled() else 0.7))
-    assert stops(start("drpo", temperature=0.7, advantages=advantages), "drpo update 1", "before any step") == 0
+def forgets_temperature(*args, logprobs=drpo.response_logprobs):
+    return logprobs(*args[:3], 1.0 if torch.is_grad_enabled() else 0.7)
+
+
+MISTAKES = {  # mistake: function of drpo.py, what stands in its place, settings, a word of the line
+    "a moved policy": ("twin", moved_policy, dict(lora_r=0), "reference"),
+    "a moved adapter": ("twin", moved_policy, dict(lora_r=4), "reference"),
+    "no resets": ("sample_reset_lengths", resetting(0.0), dict(beta=0.5, batch_size=32), "beta"),
+    "nothing but resets": ("sample_reset_lengths", resetting(1.0), dict(beta=0.5, batch_size=32), "beta"),
+    "low scores": ("load_reward", shifted(-1.0), {}, "references"),
+    "high scores": ("load_reward", shifted(1.0), {}, "references"),
+    "a ratio that is not 1": ("response_logprobs", forgets_temperature, dict(temperature=0.7), "before any step"),
+    "the same, RLOO": ("response_logprobs", forgets_temperature, dict(temperature=0.7, advantages="rloo"), "before any step"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_self_check_stops_the_first_update(start, stops, monkeypatch, mistake):
+    function, mistaken, changes, word = MISTAKES[mistake]
+    monkeypatch.setattr(drpo, function, mistaken)
+    assert stops(start("drpo", **changes), word) == 0
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "drpo"])
@@ -397,7 +327,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(start, stops, tmp_p
         return step(optimizer, s, where, batch)
 
     monkeypatch.setattr(drpo, "step", planted)
-    assert stops(start(stage), f"{stage} update 2", "gradient", "not finite", "bad_batch.pt") == 1
+    assert stops(start(stage), f"{stage} update 2", "gradient", "bad_batch.pt") == 1
     assert before and all(torch.equal(p, was) for p, was in before)
     assert torch.load(folder / "bad_batch.pt", weights_only=True)["response"].shape[1] == 7
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["update"] == 1
@@ -406,6 +336,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(start, stops, tmp_p
 def test_a_score_that_is_not_a_number_is_named_and_kept(start, stops, tmp_path, monkeypatch):
     original = drpo.end_scores
     monkeypatch.setattr(drpo, "end_scores", lambda *args: original(*args) * (math.nan if "reset_len" in args[2] else 1))
-    assert stops(start("drpo"), "drpo update 1", "scores", "advantages", "not finite") == 0
+    assert stops(start("drpo"), "scores", "advantages", "not finite") == 0
     kept = torch.load(tmp_path / "run" / "drpo" / "bad_batch.pt", weights_only=True)
     assert kept["scores"].isnan().any() and kept["response"].shape == (8, 7) and kept["logprobs"].isfinite().all()
