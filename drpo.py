@@ -215,7 +215,7 @@ def read_source(source, seed):  # -> {split: rows as they stand}; a file of json
     if path.is_file() and kind in ("json", "jsonl", "csv"):  # read here: texts stay texts, and no cache goes stale
         with (gzip.open if source.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             read = {"json": json.load, "csv": csv.DictReader, "jsonl": lambda file: [json.loads(x) for x in file if x.strip()]}
-            return {"train": list(read[kind](file))}
+            return {"train": list(rows.get("data", ()) if isinstance(rows := read[kind](file), dict) else rows)}
     datasets = importlib.import_module("datasets")  # late, as peft and rouge_score: slow to import
     datasets.logging.set_verbosity(50)  # what goes wrong is said once, in one line
     if path.is_file():

@@ -99,7 +99,7 @@ def test_texts_stay_texts_in_files_of_every_make():
     for name in ("plain.csv", "plain.jsonl"):
         Path(name.replace("plain", "bom")).write_bytes(b"\xef\xbb\xbf" + Path(write(name, rows)).read_bytes())
     Path("bom.jsonl").write_bytes(Path("bom.jsonl").read_bytes().replace(b"\n", b"\n\n"))  # with blank lines
-    for name in ("plain.csv", "bom.csv", "bom.jsonl", write("data.json", rows)):
+    for name in ("plain.csv", "bom.csv", "bom.jsonl", write("list.json", rows), write("data.json", {"data": rows})):
         parts = drpo.load_rows(name, "reference", 0)
         assert sorted([{x: row[x] for x in rows[0]} for row in sum(parts, [])], key=rows.index) == rows
 
@@ -168,6 +168,7 @@ BAD = {  # file: its rows or its text, and words of the line
     "empty.jsonl": ("", [NO_ROWS]),
     "head.csv": ("prompt,reference\n", [NO_ROWS]),
     "scalar.json": ("3", ["cannot be read"]),
+    "keys.json": ('{"rows": []}', [NO_ROWS]),
     "broken.jsonl": ('{"prompt": "x", "reference": "y"}\n{"prompt": "x",\n', ["cannot be read", "JSON"]),
     "choice.jsonl": ([{**COMPARISON, "choice": i // 4} for i in range(N)], ["cannot be read"]),
     "binary.parquet": ("no parquet", ["cannot be read"]),
