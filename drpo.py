@@ -533,7 +533,7 @@ def reset_rollouts(roles, rows, update, tokenizer, s):  # Alg. 1, lines 3 and 4 
     K, T, rng = s.group if s.advantages == "rloo" else 1, s.response_length, generator(s.seed, "rollout", update)
     rows, eos = draw(rows, s.batch_size // K, update, s.seed, "rl"), tokenizer.eos_token_id
     references = [encode_response(row["reference"], tokenizer, T) for row in rows]
-    if s.reset_to == "sft":
+    if s.reset_to == "sft" and s.beta > 0:
         references = sample(roles.reference, rows, s, tokenizer, s.temperature, ("roll-in", update))
     references = [[token for token in ids if token != eos][: T - 1] for ids in references]
     reset_len = sample_reset_lengths(torch.tensor(list(map(len, references))), s.beta, rng, s.reset_include_prompt)
