@@ -14,7 +14,7 @@
                                -c/H          -c/H                                each step in it costs c/H
 
 The behaviour policy walks down the corridor, drops onto the chain somewhere, and acts at random there. Its data covers every
-state of the chain, and hardly a trajectory in it earns anything. PPO starts from its clone, learns that the corridor costs,
+state of the chain, and no trajectory in it nets more than 0. PPO starts from its clone, learns that the corridor costs,
 leaves it, and never sees the later chain again: it loses the coverage before it can use it. DR-PO is reset to states of the
 data and learns the chain from its end. All tables are trained by the functions of drpo.py, section 4.
 """
