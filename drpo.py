@@ -379,13 +379,13 @@ def states_before(body, batch, mask):  # -> (n, d): the states that the masked r
     return states[row, batch["query_len"][row] - 1 + t].float()
 
 
-def logits_of(head, states, temperature):  # (n, d) -> (n, V) float32, both to sample and to score
+def logits_of(head, states, temperature):  # (n, d) -> (n, V) float32, to sample and to score. In SFT and DPO: temperature 1
     bias = None if head.bias is None else head.bias / temperature
     return F.linear((states / temperature).to(head.weight.dtype), head.weight, bias).float()
 
 
 def response_logprobs(network, batch, mask, temperature=1.0):
-    """-> ln pi(a_t | s_t) and, while gradients are off, the entropy of pi(. | s_t): (B, T) float32, 0 outside the mask."""
+    """-> ln pi(a_t | s_t), from the state left of a_t, without gradients also the entropy: (B, T) float32, 0 off the mask."""
     (body, head), zeros = body_and_head(network), torch.zeros(mask.shape, device=mask.device)
     logits = logits_of(head, states_before(body, batch, mask), temperature)
     logprobs = zeros.masked_scatter(mask, -F.cross_entropy(logits, batch["response"][mask], reduction="none"))
@@ -398,7 +398,7 @@ def sequence_logprobs(network, batch, temperature=1.0):  # ln pi(response | quer
     return response_logprobs(network, batch, mask, temperature)[0].sum(1)
 
 
-def response_values(critic, head, batch, mask):  # V(s_t), (B, T) float32, 0 outside the mask
+def response_values(critic, head, batch, mask):  # V(s_t), from the state one to the left of a_t: (B, T) float32, 0 off the mask
     values = (states_before(critic, batch, mask) * head.weight[0]).sum(-1) + head.bias  # a matrix product would be in bfloat16
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
@@ -529,7 +529,7 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
     return responses
 
 
-def reset_rollouts(roles, rows, update, tokenizer, s):  # Alg. 1, lines 3 and 4 -> a batch with reset_len, has_eos (B,)
+def reset_rollouts(roles, rows, update, tokenizer, s):  # Alg. 1, lines 3 and 4: a reset per row -> batch, reset_len, has_eos
     K, T, rng = s.group if s.advantages == "rloo" else 1, s.response_length, generator(s.seed, "rollout", update)
     rows, eos = draw(rows, s.batch_size // K, update, s.seed, "rl"), tokenizer.eos_token_id
     references = [encode_response(row["reference"], tokenizer, T) for row in rows]
@@ -553,7 +553,7 @@ def sample(network, rows, s, tokenizer, temperature, key=("evaluation",)):  # ->
 
 
 # ---- 6. The loop around every stage: optimizer, schedule, precision, log, checkpoint -----------------------------------------
-def precision(s):  # matrix products are in s.dtype; log-softmax, losses, values, trained weights and AdamW's state in float32
+def precision(s):  # around each stage: matrix products in s.dtype; log-softmax, losses, values, trained weights, AdamW float32
     return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
 
 
@@ -602,7 +602,7 @@ def save_whole(value, path):  # written beside, flushed, renamed: whenever the p
 
 
 def step(optimizer, s, where, batch):
-    """One optimizer step on the summed gradients -> their norm. A norm that is not finite stops the run and keeps `batch`."""
+    """One step on the gradients, summed over micro-batches and processes -> their norm. Not finite: stops and keeps `batch`."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params if world()[1] > 1 else []:
         p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -851,7 +851,7 @@ def find_judge(s):  # -> judge(prompts, a, b) -> [P(a is preferred) or None, ...
         return resolve(s.judge) or stop(f"--judge {s.judge}: is not rm, rm:RUN_DIR or module:function. API: tools/judge.py")
 
 
-def evaluate(s):  # -> samples.jsonl and report.json: win rate against the references, RM score, KL, ROUGE, length, EOS rate
+def evaluate(s):  # -> samples.jsonl, report.json: win rate over references (tie: 0.5), RM score, KL, ROUGE, length, EOS rate
     run, tokenizer, judge = Path(s.run_dir), load(AutoTokenizer, f"{s.run_dir}/sft", s), find_judge(s)
     rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
     sft, reward_model = load_network(f"{run}/sft", s), load_reward(run / "rm", s)
