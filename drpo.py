@@ -65,7 +65,7 @@ from transformers.hf_argparser import HfArg
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, and the shapes of rollouts change
 
 # ---- 1. Settings. The defaults are those of the paper's TL;DR run (Table 5). Precedence: command line, preset, defaults ------
-# A block runs from the setting named here to the next one named. USES: the blocks that a stage's result depends on
+# Blocks by the order of fields in Settings; what stands before `seed` is in none. USES: the blocks that `inputs` compares
 BLOCKS = {"seed": "data", "sft_steps": "sft", "rm_model": "rm", "updates": "po", "batch_size": "rl", "dpo_beta": "dpo"}
 USES = {"sft": "data sft", "rm": "data sft rm", "dpo": "data sft po dpo"} | dict.fromkeys(["ppo", "drpo"], "data sft rm po rl")
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
@@ -389,7 +389,7 @@ def response_logprobs(network, batch, mask, temperature=1.0):
     (body, head), zeros = body_and_head(network), torch.zeros(mask.shape, device=mask.device)
     logits = logits_of(head, states_before(body, batch, mask), temperature)
     logprobs = zeros.masked_scatter(mask, -F.cross_entropy(logits, batch["response"][mask], reduction="none"))
-    entropy = None if torch.is_grad_enabled() else torch.distributions.Categorical(logits=logits).entropy()
+    entropy = None if torch.is_grad_enabled() else torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
     return logprobs, None if entropy is None else zeros.masked_scatter(mask, entropy)
 
 
@@ -403,7 +403,7 @@ def response_values(critic, head, batch, mask):  # V(s_t), from the state one to
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
-def end_scores(backbone, head, batch):  # -> (B,): the head on the last token's state, from which step response_len would follow
+def end_scores(backbone, head, batch):  # -> (B,): the head on the last token's state, that is, of step response_len
     after = torch.arange(batch["response"].shape[1] + 1, device=batch["ids"].device) == batch["response_len"][:, None]
     return response_values(backbone, head, batch, after).sum(1)
 
@@ -553,7 +553,7 @@ def sample(network, rows, s, tokenizer, temperature, key=("evaluation",)):  # ->
 
 
 # ---- 6. The loop around every stage: optimizer, schedule, precision, log, checkpoint -----------------------------------------
-def precision(s):  # around each stage: matrix products in s.dtype; log-softmax, losses, values, trained weights, AdamW float32
+def precision(s):  # of matrix products; log-softmax, losses, values, trained weights, AdamW: float32. A cache would go stale
     return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16", cache_enabled=False)
 
 
@@ -630,7 +630,7 @@ def fit(stage, modules, loss_of, s, tokenizer):  # SFT, reward model, DPO; loss_
         for i, part in micro_batches(weighed, s.micro_batch, kind == "pairs"):
             loss, *accuracy = loss_of(part)
             share = len(i) / size if kind == "pairs" else part["response_len"].sum() / weighed["response_len"].sum()
-            (loss * share).backward()  # summed over micro-batches: the mean over the whole batch
+            (loss * share).backward()  # sums to the mean over the batch: over pairs, in SFT over tokens
             figures += torch.stack([loss.detach(), *accuracy]) * share
         metrics |= dict(zip(("loss", "accuracy"), summed(figures).tolist()))
         metrics["grad_norm"] = step(optimizer, s, f"{stage} update {update + 1}", batch)
@@ -679,7 +679,7 @@ def train_rm(s):  # Alg. 1, line 1: the SFT network with a scalar head read at t
         return bradley_terry_loss(chosen, rejected) + centring, (chosen > rejected).float().mean()
 
     fit("rm", {"reward": backbone, "head": head}, loss_of, s, tokenizer)
-    backbone = backbone.merge_and_unload() if s.supervised_lora_r else backbone
+    backbone, model = backbone.float().merge_and_unload() if s.supervised_lora_r else backbone, model.float()
     model.score.weight.data.copy_(head.weight)
     score, references = functools.partial(end_scores, backbone, head), load_rows(s.dataset, "reference", s.seed)[0]
     scores = per_row(score, few(references, 2048, s, "bias"), None, s, tokenizer)
@@ -743,7 +743,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
     laps.append(lap(s))
     # Line 5: reward and log-ratio of every step. Log-probabilities come from the training pass, not from the sampler
     with torch.no_grad():
-        logprobs, ref_logprobs, entropy, values = of_steps = torch.zeros(4, B, T, device=s.device)
+        logprobs, ref_logprobs, entropy, values = of_steps = torch.zeros(4, B, T, device=s.device)  # views
         scores = torch.zeros(B, device=s.device)
         for i, part in micro_batches(batch, s.micro_batch):
             logprobs[i], entropy[i] = response_logprobs(roles.policy, part, mask[i], s.temperature)
@@ -751,7 +751,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
             scores[i] = end_scores(roles.reward, roles.reward_head, part)
             if is_gae:
                 values[i] = response_values(roles.critic, roles.value_head, part, mask[i])
-        summed(of_steps), summed(scores)  # in place: of_steps holds the four tensors above
+        summed(of_steps), summed(scores)  # in place
         kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (batch["reset_len"] > 0).float().mean().item()
         if update == 0:  # self-checks; the flags below allow empty resets
             drift = kl.abs().max().item()
@@ -991,7 +991,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         stop("interrupted; the same command resumes from the last checkpoint", 130)
     except Exception as error:  # a full disk, as Python, torch and safetensors tell it
-        if not isinstance(error, OSError) and not re.search("No space left|writ", str(error)):
+        if not isinstance(error, OSError) and not re.search("No space left|failed writing|unexpected pos", str(error)):
             raise
         stop(f"{s.run_dir}: {error}; what was saved before is whole, and the same command resumes from there", 3)
 
