@@ -101,10 +101,26 @@ def coverage():
     return table(rows)
 
 
+def car():
+    """The control task: solved with its exact interval, and the mean return over seeds."""
+    rows = [["method", "solved", "mean return", "lowest", "highest"]]
+    for name, of in read("car/table.json").items():
+        low, high = of["solved_ci95"]
+        numbers = [f"{of['return'][key]:.1f}" for key in ("mean", "min", "max")]
+        rows.append([name, f"{of['solved']}/{len(of['seeds'])} [{low:.2f}, {high:.2f}]", *numbers])
+    return table(rows)
+
+
+def deep_sea():
+    rows = [["method", "solved", "episodes until solved", "last value"]]
+    return table(rows + [[name, *of.values()] for name, of in read("deep_sea/table.json").items()])
+
+
 MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "DR-PO")
 OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO")
 TABLES = {"gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
-TABLES |= {"coverage": coverage, "text": lambda: text("table", MAIN), "optimisers": lambda: text("table", OTHERS)}
+TABLES |= {"car": car, "deep sea": deep_sea, "coverage": coverage}
+TABLES |= {"text": lambda: text("table", MAIN), "optimisers": lambda: text("table", OTHERS)}
 
 
 def rewrite(page):

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -57,6 +58,8 @@ TABLE = {
     "DPO": ("dpo", ""),
     "PPO": ("ppo", ""),
     "PPO, 3 x updates": ("ppo", "--updates=180"),
+    "PPO, 2 x updates": ("ppo", "--updates=120"),
+    "DR-PO, 2 x updates": ("drpo", "--updates=120"),
     "RLOO": ("ppo", "--advantages=rloo"),
     "roll-in by SFT": ("drpo", "--reset_to=sft"),
     "DR-PO": ("drpo", ""),
@@ -223,24 +226,22 @@ def summarise(part, rows):
 
 
 def draw_coverage(rows, path):
-    """Share of full summaries after training against the same share of the SFT policy: a dot per seed."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ax = figure.subplots()
-    for name, key, marker in (("PPO", "ppo", "o"), ("DR-PO", "drpo", "s")):
-        dots = [
-            (max(rows[f"SFT {stop}", seed]["coverage"], 1e-7), row["full"])
-            for (run, seed), row in rows.items()
-            for stop in [run.rpartition(" ")[2]]
-            if run == f"{name} {stop}" and (f"SFT {stop}", seed) in rows
-        ]
-        ax.scatter(*zip(*dots), color=COLOURS[key], marker=marker, alpha=0.7, label=name)
-    ax.set(
-        xscale="log",
-        xlabel="P(full summary) of the SFT policy",
-        ylabel="share of full summaries at the end",
-        ylim=(-0.03, 1.03),
-    )
-    ax.legend()
+    """Share of full summaries after training against P(full summary) of the SFT policy: a dot per seed, a line of means."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    ax, floor = figure.subplots(), 1e-7  # everything below stands there
+    stops = sorted({run.rpartition(" ")[2] for run, _ in rows})
+    for name, key, marker, shift in (("PPO", "ppo", "o", 0.85), ("DR-PO", "drpo", "s", 1.18)):
+        line = []
+        for stop in stops:
+            seeds = [seed for run, seed in rows if run == f"{name} {stop}" and (f"SFT {stop}", seed) in rows]
+            x = [shift * max(rows[f"SFT {stop}", seed]["coverage"], floor) for seed in seeds]
+            y = [rows[f"{name} {stop}", seed]["full"] for seed in seeds]
+            ax.scatter(x, y, color=COLOURS[key], marker=marker, alpha=0.6, label=name if stop == stops[0] else None)
+            line.append((math.exp(mean(map(math.log, x))), mean(y)))
+        ax.plot(*zip(*line), color=COLOURS[key], lw=1)
+    ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="P(full summary) of the SFT policy; at most 1e-7 at the left")
+    ax.set_ylabel("share of full summaries\nafter training")
+    ax.legend(loc="center left")
     figure.savefig(path, dpi=150)
 
 
