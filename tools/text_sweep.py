@@ -35,8 +35,8 @@ import drpo
 import toy_text
 from tools.report import COLOURS, clopper_pearson, spread
 
-STOPS = (37, 47, 56, 72, 80)  # the chance, in percent, that an SFT annotator stops after a clause; 65 elsewhere
-gate_37, gate_47, gate_56, gate_72, gate_80 = [functools.partial(toy_text.gate, stop=stop / 100) for stop in STOPS]
+STOPS = (47, 56, 72, 80)  # the chance, in percent, that an SFT annotator stops after a clause; 65 elsewhere
+gate_47, gate_56, gate_72, gate_80 = [functools.partial(toy_text.gate, stop=stop / 100) for stop in STOPS]
 quarter, fourfold = [functools.partial(toy_text.tiny_pythia, width=width) for width in (60, 260)]
 
 
