@@ -82,7 +82,7 @@ def text(part, names=None, other="PPO"):
             found = f"{of['found']}/{of['win_rate']['n']} [{low:.2f}, {high:.2f}]"
             gap = of.get(f"win_rate minus {other}")
             cells = [f"{of['full']['mean']:.3f}", f"{of['win_rate']['mean']:.3f} {interval(of['win_rate'])}"]
-            cells.append(f"{gap['mean']:+.3f} {interval(gap)}" if gap else "")
+            cells.append(f"{gap['mean']:+.3f} {interval(gap)}" if gap and gap["ci95"] else "")
             rows.append([name, found, *cells, *(f"{of[key]['mean']:.2f}" for key in ("gold", "rm_score", "kl", "tokens"))])
     return table(rows)
 
@@ -117,10 +117,15 @@ def deep_sea():
 
 
 MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "DR-PO")
+BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates", "PPO, 3 x updates")
 OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO")
 TABLES = {"gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
 TABLES |= {"car": car, "deep sea": deep_sea, "coverage": coverage}
-TABLES |= {"text": lambda: text("table", MAIN), "optimisers": lambda: text("table", OTHERS)}
+TABLES |= {
+    "budget": lambda: text("table", BUDGET),
+    "text": lambda: text("table", MAIN),
+    "optimisers": lambda: text("table", OTHERS),
+}
 
 
 def rewrite(page):
