@@ -69,6 +69,16 @@ def peers():
     return table(rows)
 
 
+def critic():
+    """What an update costs with a critic (GAE) and without one (RLOO)."""
+    rows = [["advantages", "s: rollout + score + update, PPO", "DR-PO", "GB resident"]]
+    for name in ("gae", "rloo"):
+        both = list(read(f"bench/cpu_14m_{name}.json")["methods"].values())
+        cells = [" + ".join(f"{one[f'seconds_{phase}']:.2f}" for phase in PHASES) for one in both]
+        rows.append([f"[`{name}`](../results/bench/cpu_14m_{name}.json)", *cells, f"{max(one['gb'] for one in both):.2f}"])
+    return table(rows)
+
+
 def interval(of, digits=3):
     return "–" if not of.get("ci95") else f"[{of['ci95'][0]:.{digits}f}, {of['ci95'][1]:.{digits}f}]"
 
@@ -119,7 +129,7 @@ def deep_sea():
 MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "DR-PO")
 BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates", "PPO, 3 x updates")
 OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO")
-TABLES = {"gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
+TABLES = {"critic": critic, "gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
 TABLES |= {"car": car, "deep sea": deep_sea, "coverage": coverage}
 TABLES |= {
     "budget": lambda: text("table", BUDGET),
