@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import multiprocessing
-import sys
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ import toy_env
 try:
     from bsuite.environments.deep_sea import DeepSea
 except ImportError as error:
-    sys.exit(print(f"deep_sea.py: {error}: pip install bsuite==0.3.6", file=sys.stderr) or 2)
+    drpo.stop(f"tools.deep_sea: {error}: pip install bsuite==0.3.6")
 
 SOLVED, BUDGET, BATCH, TEMPERATURE = 0.9, 51_200, 256, 0.1  # value; episodes; per update; of the preferences
 ROWS = {  # the settings of `ppo`; with `clone` the policy starts as the clone of the data, otherwise uniform
@@ -136,10 +135,14 @@ def main(argv=None):
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 20, 30])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/deep_sea"))
+    parser.error = drpo.stop
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    if min(args.jobs, *args.sizes) < 1:
+        drpo.stop("--jobs and --sizes: must be at least 1")
     log = args.out / "runs.jsonl"
-    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    with drpo.blame(f"--out {args.out}"):
+        args.out.mkdir(parents=True, exist_ok=True)
+        runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(run["row"], run["N"], run["seed"]) for run in runs}
     tasks = [(row, N, seed) for seed in args.seeds for N in args.sizes for row in ROWS if (row, N, seed) not in done]
     with multiprocessing.get_context("spawn").Pool(args.jobs, torch.set_num_threads, (1,)) as pool, log.open("a") as file:
