@@ -128,7 +128,7 @@ def deep_sea():
 
 MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "DR-PO")
 BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates", "PPO, 3 x updates")
-OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO")
+OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.5", "DR-PO, beta 1")
 TABLES = {"critic": critic, "gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
 TABLES |= {"car": car, "deep sea": deep_sea, "coverage": coverage}
 TABLES |= {
