@@ -159,6 +159,18 @@ def test_a_saved_network_gives_the_same_logits_and_stays_tied(tmp_path, kind, ti
 
 
 @torch.no_grad()
+def test_merging_keeps_updates_that_bfloat16_cannot_hold(tmp_path):
+    policy = drpo.add_lora(conftest.network().bfloat16(), 2, 0, "policy")
+    name, layer = next((name, x) for name, x in policy.named_modules() if hasattr(x, "lora_B"))
+    layer.lora_B["default"].weight.fill_(1e-5)
+    wanted = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
+    assert not torch.equal(wanted.bfloat16().float(), wanted)
+    drpo.save_network(policy, conftest.tokenizer(), tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).get_submodule(name.removeprefix("base_model.model."))
+    close(saved.weight, wanted, atol=1e-8)
+
+
+@torch.no_grad()
 def test_a_reward_model_gives_its_scores_with_transformers_alone(small_run):
     saved, tokenizer = AutoModelForSequenceClassification.from_pretrained(small_run / "rm").eval(), conftest.tokenizer()
     s, rows = drpo.parse(["rm", *conftest.SMALL])[1], drpo.load_rows("conftest:posts", "reference", 0)[0]
