@@ -1,8 +1,10 @@
 """The sweep over the toy corpus, and the tables that README and docs take from results/."""
 
 import pytest
+import torch
 
 import drpo
+import toy_text
 from tools import tables, text_sweep
 
 
@@ -17,8 +19,20 @@ def test_datasets_and_networks_of_a_sweep_can_be_found():
     for _, _, *flags in (text_sweep.COVERAGE | text_sweep.MODELS).values():
         for name in [flag.partition("=")[2] for flag in flags if flag]:
             assert callable(drpo.resolve(name, split="train", seed=0))
-    sizes = [network(seed=0).num_parameters() for network in (text_sweep.quarter, text_sweep.fourfold, text_sweep.llama)]
-    assert [round(size / 550_400, 1) for size in sizes] == pytest.approx([0.3, 3.3, 1.0], abs=0.3)
+
+
+def test_reward_models_are_a_quarter_the_same_and_fourfold():
+    policy, sizes = toy_text.tiny_pythia().num_parameters(), []
+    for make in (text_sweep.quarter, text_sweep.llama, text_sweep.fourfold):
+        network = make(seed=0)
+        assert network(torch.arange(5)[None]).logits.shape == (1, 5, 600)
+        sizes.append(network.num_parameters() / policy)
+    assert sizes == pytest.approx([0.25, 1.0, 4.0], rel=0.05)
+
+
+def test_a_stage_that_stops_says_why_in_the_sweep(tmp_path):
+    with pytest.raises(RuntimeError, match="ppo needs .*sft"):
+        text_sweep.train("ppo", tmp_path, 0, "")
 
 
 def test_a_run_has_found_the_summary_at_one_half():

@@ -6,16 +6,18 @@ PART   table         SFT, SFT on the chosen responses, DPO, PPO, RLOO, roll-in b
        coverage      PPO and DR-PO where the SFT policy writes the full summary often, rarely, or never
        models        PPO and DR-PO with reward models of other sizes and of another architecture
        beta_lambda   beta against the KL coefficient
+       unpenalised   DR-PO without a KL penalty for more and more updates: over-optimisation of the reward model
        tuning        learning rates and KL coefficients, on seeds that are not reported
 
 Each run is appended to OUT/PART.jsonl when it is done, and the same command resumes with those that are missing there. Then
-come OUT/PART.json, PART.md and, for `coverage`, coverage.png. `full` is the share of responses that are full summaries, on
-500 held-out posts at temperature 0.7. A run has found the full summary if that is at least one half. Models stay in --scratch.
+come OUT/PART.json, PART.md and, for `coverage` and `unpenalised`, PART.png. `full` is the share of responses that are full
+summaries, on 500 held-out posts at temperature 0.7. A run has found it if that is at least one half. Models stay in --scratch.
 """
 
 import argparse
 import contextlib
 import functools
+import io
 import itertools
 import json
 import math
@@ -37,7 +39,7 @@ from tools.report import COLOURS, clopper_pearson, spread
 
 STOPS = (47, 56, 72, 80)  # the chance, in percent, that an SFT annotator stops after a clause; 65 elsewhere
 gate_47, gate_56, gate_72, gate_80 = [functools.partial(toy_text.gate, stop=stop / 100) for stop in STOPS]
-quarter, fourfold = [functools.partial(toy_text.tiny_pythia, width=width) for width in (60, 260)]
+quarter, fourfold = [functools.partial(toy_text.tiny_pythia, width=width) for width in (56, 280)]
 
 
 def llama(seed=0):
@@ -96,11 +98,16 @@ TUNING = {
     )
     for value in values
 }
-PARTS = {"table": TABLE, "coverage": COVERAGE, "models": MODELS, "beta_lambda": BETA_LAMBDA, "tuning": TUNING}
+UNPENALISED = {"SFT": ("sft", "")}
+UNPENALISED |= {f"{n} updates": ("drpo", f"--kl_coef=0 --updates={n}") for n in (15, 30, 60, 120, 240)}
+PARTS = {"table": TABLE, "coverage": COVERAGE, "models": MODELS, "beta_lambda": BETA_LAMBDA}
+PARTS |= {"unpenalised": UNPENALISED, "tuning": TUNING}
 SAME = {  # runs of other parts that are runs of `table` under another name; they are read from its file
     **{f"{name} 65": name for name in ("SFT", "PPO", "DR-PO")},
     **{f"{name}, RM same": name for name in ("PPO", "DR-PO")},
+    "SFT": "SFT",
     "beta 0, KL 0.1": "PPO",
+    **{f"beta {beta}, KL 0.1": f"DR-PO, beta {beta}" for beta in (0.25, 0.5, 1)},
 }
 
 
@@ -115,8 +122,11 @@ def train(stage, folder, seed, flags, **parts):
         with contextlib.suppress(FileExistsError):
             (folder / name).symlink_to(path.resolve())
     if not (folder / stage / "result.json").exists():
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            drpo.main([stage, f"--seed={seed}", f"--run_dir={folder}", *flags.split()])
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                drpo.main([stage, f"--seed={seed}", f"--run_dir={folder}", *flags.split()])
+            except SystemExit:  # would end the pool's process in silence, and the pool would wait for it
+                raise RuntimeError(said.getvalue().splitlines()[-1]) from None
     return folder / stage
 
 
@@ -245,6 +255,28 @@ def draw_coverage(rows, path):
     figure.savefig(path, dpi=150)
 
 
+def draw_unpenalised(rows, path):
+    """RM score above and gold score below against KL to SFT: a line per seed, a dot per number of updates."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes, seeds = figure.subplots(2, 1, sharex=True), {seed for run, seed in rows if run != "SFT"}
+    for ax, key, title in zip(axes, ("rm_score", "gold"), ("RM score: what is optimised", "gold score: what is wanted")):
+        for seed in seeds:
+            line = [rows[name, seed] for name in UNPENALISED if (name, seed) in rows]
+            ax.plot([row["kl"] for row in line], [row[key] for row in line], color=COLOURS["drpo"], alpha=0.4, lw=1)
+        for name in UNPENALISED:
+            dots = [rows[name, seed] for seed in seeds if (name, seed) in rows]
+            x, y = [mean(row[one] for row in dots) for one in ("kl", key)]
+            ax.plot([row["kl"] for row in dots], [row[key] for row in dots], ".", color=COLOURS["drpo"])
+            ax.annotate(name, (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+        ax.set_ylabel(title)
+        ax.grid(alpha=0.3)
+    axes[1].set_xlabel("KL to the SFT policy, nats per response")
+    figure.savefig(path, dpi=150)
+
+
+FIGURES = {"coverage": draw_coverage, "unpenalised": draw_unpenalised}
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tools.text_sweep", description=__doc__.partition("\n")[0])
     parser.add_argument("part", choices=PARTS)
@@ -267,8 +299,8 @@ def main():
     (args.out / f"{args.part}.json").write_text(json.dumps(results, indent=1))
     (args.out / f"{args.part}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    if args.part == "coverage":
-        draw_coverage(rows, args.out / "coverage.png")
+    if args.part in FIGURES:
+        FIGURES[args.part](rows, args.out / f"{args.part}.png")
 
 
 if __name__ == "__main__":
