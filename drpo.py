@@ -8,7 +8,6 @@ that a person wrote. The policy finishes it and learns only from its own tokens.
     python drpo.py STAGE [--preset P] [--run_dir DIR] [settings]      STAGE = sft | rm | dpo | ppo | drpo | eval | all
 
 Algorithm 1 of the paper, and where each line is:
-
     input   preference pairs D_R, unlabelled responses D_TR, policy pi_SFT        load_rows, train_sft
     1       fit the reward r on D_R by maximum likelihood, Eq. (1)                train_rm, bradley_terry_loss
     2       pi_1 = pi_SFT; for t = 1..T:                                          train_drpo, training
@@ -19,7 +18,6 @@ Algorithm 1 of the paper, and where each line is:
 
 One row: a query of 4 tokens, a reset of 2, EOS sampled at t = 4, T = 6. Rows are padded on the right. Attention is causal:
 no mask is needed (`rollout` alone pads on the left, with one). Response step t is decided from the state one to its left.
-
     ids             q   q   q   q   r   r   a   a   EOS .
     t (response)                    0   1   2   3   4   5
     state of step t             0   1   2   3   4   5
@@ -191,8 +189,9 @@ def resolve(name, **offered):  # `module:function` -> the function with those of
 
 
 def read_row(row):  # of any known layout, told by its columns -> texts prompt, reference, chosen, rejected, and its batch
-    info, prompt, a, b = row.get("info") or row, row.get("prompt", row.get("query")), row.get("chosen"), row.get("rejected")
-    if info.get("article"):  # CNN/DM, in abisee/cnn_dailymail and among openai's pairs
+    prompt, a, b = row.get("prompt", row.get("query")), row.get("chosen"), row.get("rejected")
+    info = row["info"] if isinstance(row.get("info"), dict) else row
+    if info.get("article") and "prompt" not in row:  # CNN/DM, in abisee/cnn_dailymail and among openai's pairs
         prompt = f"Article:\n{info['article']}\n\nTL;DR:"
     elif info.keys() >= {"subreddit", "title", "post"} and "prompt" not in row:  # openai, vwxyzjn, cleanrl
         prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {info['post']}\n\nTL;DR:"
@@ -253,7 +252,7 @@ def encode_query(prompt, tokenizer, length):
     match = re.fullmatch(r"(.*?\n+POST:|Article:\n?)(.*?)(\n+TL;DR:)", prompt, re.S)
     head, post, tail = match.groups() if match else (prompt, "", "")
     while True:
-        ids = tokenizer(head + post + tail)["input_ids"]
+        ids = tokenizer(head + post + tail)["input_ids"] or [tokenizer.eos_token_id]
         ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
         if len(ids) <= length or not post:  # a BOS stays
             bos = ids[:1] if len(ids) > length and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
@@ -327,8 +326,7 @@ def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  #
     for layer in [x for x in network.modules() if isinstance(x, GradientCheckpointingLayer)]:
         if s.checkpoint_activations:  # transformers' own switch needs train mode, and with it dropout
             layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-        if s.compile:
-            layer.compile(dynamic=True)
+        layer.compile(dynamic=True) if s.compile else None
     return network
 
 
@@ -347,7 +345,7 @@ def twin(network, s, role):  # -> the network as it will be trained, and frozen 
     return add_lora(network, s.lora_r, s.seed, role) if s.lora_r else network, frozen
 
 
-def load_reward(folder, s, trained=False):  # -> (backbone, head): score = logit on disk - config.reward_bias
+def load_reward(folder, s, trained=False):  # -> (backbone, head). Score: logit - config.reward_bias, N+ detail 15
     model = load_network(str(folder), s, AutoModelForSequenceClassification, trained)
     if not hasattr(model.config, "reward_bias"):
         stop(f"{folder}: is not a reward model; make one with: python drpo.py rm")
@@ -573,7 +571,8 @@ def training(stage, updates, lr, modules, s):
     log.write_text("".join(line[0] for line in lines if int(line[1]) <= done))
     with contextlib.ExitStack() as handlers:
         for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)}:  # Windows has no SIGHUP
-            handlers.callback(signal.signal, number, signal.signal(number, lambda number, _: asked.append(number)))
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                handlers.callback(signal.signal, number, signal.signal(number, lambda number, _: asked.append(number)))
         for update in (bar := tqdm(range(done, updates), stage, updates, initial=done, disable=not is_first)):
             metrics, began = {"update": update + 1, "lr": lr * (1 - update / updates)}, time.perf_counter()
             optimizer.param_groups[0]["lr"] = metrics["lr"]
@@ -637,7 +636,7 @@ def fit(stage, modules, loss_of, s, tokenizer):  # SFT, reward model, DPO; loss_
 
 
 def train_sft(s):  # supervised fine-tuning: cross-entropy over query and response, as in C's sft.py
-    tokenizer = load(AutoTokenizer, s.tokenizer or s.model, s)
+    tokenizer, begun = load(AutoTokenizer, s.tokenizer or s.model, s), Path(s.run_dir, "sft", "checkpoint.pt").exists()
     network = load_network(s.model, s, trained=not s.supervised_lora_r)
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
     room = min(getattr(config, f"{x}max_position_embeddings", math.inf) for x in ("", "original_"))  # the latter: longrope's
@@ -645,7 +644,7 @@ def train_sft(s):  # supervised fine-tuning: cross-entropy over query and respon
         stop(f"--tokenizer {s.tokenizer or s.model}: is no tokenizer, or has no end-of-text token")
     if longest > room or len(tokenizer) > config.vocab_size:
         stop(f"--model {s.model}: {room} positions for {longest}, {config.vocab_size} tokens for {len(tokenizer)} needed")
-    if shutil.disk_usage(s.run_dir).free < sum(p.numel() for p in network.parameters()) * (4 if s.supervised_lora_r else 28):
+    if shutil.disk_usage(s.run_dir).free < network.num_parameters() * (4 if s.supervised_lora_r else 16 if begun else 28):
         stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
     with blame(f"--model {s.model}: cannot be a reward model, or be trained with LoRA (then use --lora_r 0)"):  # tried early
         with torch.device("meta"):
@@ -682,15 +681,14 @@ def train_rm(s):  # Alg. 1, line 1: the SFT network with a scalar head read at t
     backbone, model = backbone.float().merge_and_unload() if s.supervised_lora_r else backbone, model.float()
     model.score.weight.data.copy_(head.weight)
     score, references = functools.partial(end_scores, backbone, head), load_rows(s.dataset, "reference", s.seed)[0]
-    scores = per_row(score, few(references, 2048, s, "bias"), None, s, tokenizer)
-    model.config.reward_bias = scores.mean().item()  # N+ detail 15: references score 0 on average
+    model.config.reward_bias = per_row(score, few(references, 2048, s, "bias"), None, s, tokenizer).mean().item()
     model.config.pad_token_id = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
     save_network(model, tokenizer, Path(s.run_dir) / "rm")
     pairs, by_batch = few(load_rows(s.preference_dataset, "pairs", s.seed)[1], 2000, s, "rm held out"), {}
     responses = [encode_response(pair[x], tokenizer, s.preference_length) for x in ("chosen", "rejected") for pair in pairs]
     hits = torch.gt(*per_row(score, pairs * 2, responses, s, tokenizer).chunk(2)).tolist()
     for hit, pair in zip(hits, pairs):  # N+ detail 16: accuracy differs by labelling batch
-        by_batch.setdefault(pair["batch"] or "all", []).append(hit)
+        by_batch.setdefault(str(pair["batch"] or "all"), []).append(hit)
     by_batch = {name: {"accuracy": mean(of_batch), "pairs": len(of_batch)} for name, of_batch in by_batch.items()}
     return {"accuracy": mean(hits), "accuracy_ci95": wilson(hits), "pairs": len(hits), "accuracy_by_batch": by_batch}
 
@@ -758,8 +756,8 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
             below = (scores[has_eos] < s.missing_eos_score).float().mean().item()  # these would score more without their end
             tqdm.write(f"check: {reset_share:.2f} of rollouts are resets, beta {s.beta:g}; |ln pi - ln pi_SFT| <= {drift:.1e}")
             tqdm.write(f"check: {below:.2f} of the rollouts that end score below --missing_eos_score, {s.missing_eos_score:g}")
-            spread = math.sqrt(s.beta * (1 - s.beta) / (B if is_gae else B // s.group))
-            if not s.reset_include_prompt and s.reset_to != "sft" and abs(reset_share - s.beta) > 5 * spread + 1e-6:
+            slack = 5 * math.sqrt(s.beta * (1 - s.beta) / (n := B if is_gae else B // s.group)) + (0 < s.beta < 1) / n + 1e-6
+            if not s.reset_include_prompt and s.reset_to != "sft" and abs(reset_share - s.beta) > slack:
                 stop(f"{where}: resets do not happen as often as beta says", 3)
             if not drift < tolerance:
                 stop(f"{where}: the reference is not the SFT network that the policy starts from", 3)
@@ -826,10 +824,9 @@ def per_row(function, rows, responses, s, tokenizer):  # function(batch) -> (B,)
 
 
 def rouge(texts, rows, kind):  # -> F1 with stemming; None if most letters of a reference are not ASCII: ROUGE drops them
-    scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=True)
+    score = importlib.import_module("rouge_score.rouge_scorer").RougeScorer([kind], use_stemmer=True).score
     known = [mean(letter.isascii() for letter in row["reference"] if letter.isalpha()) or 0 for row in rows]
-    scores = [scorer.score(row["reference"], text)[kind].fmeasure for row, text in zip(rows, texts)]
-    return [score if share > 0.5 else None for score, share in zip(scores, known)]
+    return [score(x["reference"], text)[kind].fmeasure if share > 0.5 else None for x, text, share in zip(rows, texts, known)]
 
 
 def mean(values):  # of those that are not None; None if there are none
@@ -854,11 +851,14 @@ def find_judge(s):  # -> judge(prompts, a, b) -> [P(a is preferred) or None, ...
 def evaluate(s):  # -> samples.jsonl, report.json: win rate over references (tie: 0.5), RM score, KL, ROUGE, length, EOS rate
     run, tokenizer, judge = Path(s.run_dir), load(AutoTokenizer, f"{s.run_dir}/sft", s), find_judge(s)
     rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
-    sft, reward_model = load_network(f"{run}/sft", s), load_reward(run / "rm", s)
+    sft, reward_model, done = load_network(f"{run}/sft", s), load_reward(run / "rm", s), results(run)
     judge = judge if isinstance(judge, Path) or not world()[0] else lambda texts, *_: [None] * len(texts)  # one process asks
     judge_model, eos = load_reward(judge, s) if isinstance(judge, Path) else None, tokenizer.eos_token_id
     if judge_model and load(AutoTokenizer, str(judge), s).get_vocab() != tokenizer.get_vocab():
         stop(f"--judge {s.judge}: its reward model has another tokenizer")
+    for method, other in ((x, y) for x in ("dpo", "ppo", "drpo") if x in done for y in NEEDS[x]):
+        if json.loads((run / method / "settings.json").read_text())[other] != done[other]["seconds"]:
+            stop(f"{run / method} was trained on another {run / other}: delete it, and train it anew")
     measure = functools.partial(per_row, rows=rows, s=s, tokenizer=tokenizer)
 
     def scores_of(model, responses):  # of token ids; a response that does not end scores as in training
@@ -866,11 +866,11 @@ def evaluate(s):  # -> samples.jsonl, report.json: win rate over references (tie
         return torch.where(ended, measure(functools.partial(end_scores, *model), responses=responses), s.missing_eos_score)
 
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
-    for method in tqdm([stage for stage in USES if stage != "rm" and stage in results(run)], desc="eval", unit="method"):
+    for method in tqdm([stage for stage in USES if stage != "rm" and stage in done], desc="eval", unit="method"):
         adapter = run / method / "adapter"  # applied as in training: loaded in bfloat16, merged weights would be rounded
-        network = sft if method == "sft" else load_network(f"{run}/{'sft' if adapter.exists() else method}", s)
-        if method != "sft" and adapter.exists():
-            network = importlib.import_module("peft").PeftModel.from_pretrained(network, adapter).eval()
+        is_lora = method != "sft" and adapter.exists()
+        network = sft if method == "sft" else load_network(f"{run}/{'sft' if is_lora else method}", s)
+        network = importlib.import_module("peft").PeftModel.from_pretrained(network, adapter) if is_lora else network
         responses, warm = [sample(network, rows, s, tokenizer, t) for t in (s.eval_temperature, s.temperature)]
         texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
         if judge_model:
@@ -924,7 +924,7 @@ def inputs(stage, s):  # -> {name: value}: all that the stage depends on; stops 
     for name, kind in [("dataset", "reference"), ("preference_dataset", "pairs")][: 1 if stage == "sft" else 2]:
         new[f"rows of {name}"] = hashlib.sha256(repr(load_rows(getattr(s, name), kind, s.seed)).encode()).hexdigest()[:16]
     new |= {x: done[x]["seconds"] for x in NEEDS[stage] if x in done}  # seconds: a fingerprint of that run
-    new["files of model"] = [[x.name, x.stat().st_mtime] for x in sorted(Path(s.model).glob("*.safetensors")) if stage == "sft"]
+    new |= {x.name: x.stat().st_mtime for x in Path({"sft": s.model, "rm": s.rm_model}.get(stage) or "-").glob("*.safetensors")}
     begun = path.exists() and (stage in done or path.with_name("checkpoint.pt").exists())
     old = json.loads(path.read_text()) if begun else new
     if changed := [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]:
@@ -976,9 +976,9 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     stage, s = parse(sys.argv[1:] if argv is None else argv)
     stages, on_cuda = [*STAGES, "eval"] if stage == "all" else [stage], s.device.startswith("cuda")
-    if "LOCAL_RANK" in os.environ:  # torchrun
+    if "LOCAL_RANK" in os.environ:  # torchrun. 12 x 30 minutes: one process asks the judge, and the others wait
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if on_cuda else None
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=12 * dist.default_pg_timeout)
         sys.stdout = sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")
     runs = [dataclasses.replace(s, seed=seed, run_dir=f"{s.run_dir}/seed_{seed}") for seed in s.seeds] or [s]
     try:

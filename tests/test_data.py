@@ -58,6 +58,7 @@ TOKENS = {"query": "cut", "query_token": [7], "query_token_len": 1, "reference_r
 COMPARISON = {"info": {"id": "{i}", **COLUMNS, "site": None, "article": None}, "choice": 1, "batch": "batch7", "split": "train"}
 COMPARISON["summaries"] = [{"text": " bad {i}", "policy": "sup4"}, {"text": " good {i}", "policy": "ref"}]
 OF_ARTICLE = {**dict.fromkeys(COLUMNS), "id": "{i}", "site": "cnn", "article": ARTICLE[9:-8]}
+OWN = {"prompt": POST, "reference": "good {i}", "info": "a note", "article": "7", "batch": ["b"]}
 OLDER = dict.fromkeys([f"{name}{j}" for name in ("response", "query_response", "response_token") for j in "01"], "x")
 PAIR, DIALOGUES = {"chosen": " good {i}", "rejected": " bad {i}"}, {"chosen": HH + " good {i}", "rejected": HH + " bad {i}"}
 ENDED = {"chosen": " good {i}" + EOS, "rejected": " bad {i}" + EOS, "query_chosen": "x", "chosen_token": [9, 0]}
@@ -71,6 +72,7 @@ LAYOUTS = {  # file: row, its prompt; files of pairs are named so
     "anthropic_hh.jsonl": (DIALOGUES, HH),
     "cnn_dailymail.csv.gz": ({"article": ARTICLE[9:-8], "highlights": "good {i}", "id": "{i}"}, ARTICLE),
     "our_own.jsonl.gz": ({"prompt": POST + " \n", "reference": "good {i}"}, POST),
+    "notes_in_info.jsonl": (OWN, POST),
     "openai_pairs.jsonl": (COMPARISON, POST),
     "openai_first_pairs.jsonl": ({**COMPARISON, "summaries": COMPARISON["summaries"][::-1], "choice": 0}, POST),
     "openai_cnndm_pairs.json": ({**COMPARISON, "info": OF_ARTICLE}, ARTICLE),
@@ -250,6 +252,8 @@ def test_a_bos_stays_and_an_eos_that_is_added_goes():
         assert encoded(prompt, length, both) == "[BOS]" + kept
         assert encoded(prompt, length, letters(f"$A {EOS}")) == encoded(prompt, length)
     assert both.decode(drpo.encode_response("abc", both, 9)) == f" abc{EOS}"
+    unknown = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, EOS: 1}, [])), eos_token=EOS)
+    assert drpo.encode_query("日本", unknown, 9) == [1]  # a state is needed to begin from
 
 
 def test_a_response_is_a_space_its_text_and_one_eos():

@@ -156,3 +156,9 @@ def test_eval_applies_the_adapter_and_does_not_merge_it(copy):
     network.save_pretrained(copy / "drpo" / "adapter")
     samples, _ = evaluated(copy)
     assert all(row["drpo"] == row["sft"] for row in samples)
+
+
+def test_a_method_trained_on_another_network_is_refused(copy, one_line):
+    (copy / "rm" / "result.json").write_text('{"seconds": 1.5}')  # trained anew
+    line = one_line(["eval", *SMALL, "--run_dir", copy])
+    assert f"{copy}/ppo was trained on another {copy}/rm: delete it" in line

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -122,17 +123,25 @@ def test_no_update_is_logged_twice_after_a_log_was_lost(start, tmp_path, monkeyp
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_update_end_saves_and_exits_with_0(start, small_run, tmp_path, one_line, monkeypatch, number):
-    command, step, handler = start("drpo", save_every=100), drpo.step, signal.getsignal(number)
+    command, step, handler = start("drpo", save_every=100), drpo.step, signal.default_int_handler
+    before = signal.signal(number, handler)
     with monkeypatch.context() as patch:
         patch.setattr(drpo, "step", lambda *args: signal.raise_signal(number) or step(*args))
         assert "after update 1 of 3" in one_line(command, status=0)
     folder = tmp_path / "run" / "drpo"
-    assert signal.getsignal(number) is handler and len(log_of(folder)) == 1 and not (folder / "result.json").exists()
+    assert signal.signal(number, before) is handler and len(log_of(folder)) == 1 and not (folder / "result.json").exists()
     (folder / "metrics.jsonl").unlink()  # it resumes without its log, too
     drpo.main([*command, "--save_every", "2"])
     assert log_of(folder) == log_of(small_run / "drpo")[1:]
     shutil.copy(small_run / "drpo" / "metrics.jsonl", folder)
     assert_same(folder, small_run / "drpo")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(start, tmp_path, monkeypatch):  # as under nohup
+    step, before = drpo.step, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(drpo, "step", lambda *args: signal.raise_signal(signal.SIGHUP) or step(*args))
+    drpo.main(start("drpo"))
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN and len(log_of(tmp_path / "run" / "drpo")) == 3
 
 
 def test_a_signal_in_the_last_update_of_a_stage_stops_the_run(tmp_path, one_line, monkeypatch):
@@ -187,16 +196,27 @@ def test_changed_inputs_are_refused_by_name(small_run, tmp_path, one_line, monke
 
 def test_a_model_that_was_changed_since_is_refused_by_name(start, tmp_path, one_line):
     conftest.network().save_pretrained(tmp_path / "model")
-    command = start("sft", model=tmp_path / "model")
-    drpo.main(command)
+    commands = start("sft", model=tmp_path / "model"), start("rm", "other", rm_model=tmp_path / "model")
+    for command in commands:
+        drpo.main(command)
     os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
-    assert "files of model" in one_line(command)
+    assert all("model.safetensors was" in one_line(command) for command in commands)
 
 
 # ---- A full disk, damage, and files that somebody else made ------------------------------------------------
 def test_ctrl_c_outside_of_training_is_one_line(start, one_line, monkeypatch):
     monkeypatch.setattr(conftest, "longer", lambda *_: signal.raise_signal(signal.SIGINT))
     assert "interrupted" in one_line(start("eval"), status=130)
+
+
+def test_room_for_one_checkpoint_is_enough_to_resume(start, tmp_path, one_line, monkeypatch):
+    command, room = start("sft", save_every=2), 20 * conftest.network().num_parameters()
+    monkeypatch.setattr(drpo.shutil, "disk_usage", lambda path: SimpleNamespace(free=room))
+    assert "too little room" in one_line(command)
+    with monkeypatch.context() as patch:
+        patch.setattr(drpo.shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * room))
+        interrupt(patch, command, 3)
+    drpo.main(command)
 
 
 FULL = "sft/tokenizer_config.json rm/config.json drpo/settings.new drpo/checkpoint.new drpo/model.safetensors drpo/result.new"

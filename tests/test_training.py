@@ -315,6 +315,11 @@ def test_a_self_check_stops_the_first_update(start, stops, monkeypatch, mistake)
     assert stops(start("drpo", **changes), word) == 0
 
 
+def test_a_rare_miss_in_a_small_batch_is_no_mistake(run):
+    """Six resets of eight at beta 0.99, as happens in one batch of 400."""
+    assert run("drpo", beta=0.99, seed=200, updates=1)[1][0]["reset_share"] == 0.75
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo", "drpo"])
 def test_a_gradient_that_is_not_finite_stops_before_the_step(start, stops, tmp_path, monkeypatch, stage):
     before, step, folder = [], drpo.step, tmp_path / "run" / stage

@@ -8,6 +8,9 @@ NAME is one of TABLES below. A test fails where a table is older than its file.
 import json
 import re
 from pathlib import Path
+from statistics import mean
+
+from tools.report import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/results.md")
@@ -111,6 +114,52 @@ def coverage():
     return table(rows)
 
 
+def two_threads():
+    """The verdict of each seed on one thread and on two."""
+    one, two = read("text/table.json"), read("two_threads/table.json")
+    rows = [["method", "found, one thread", "two threads", "differ", "win rate − PPO, one thread", "two threads"]]
+    for name in two:
+        sides = [{seed: full >= 0.5 for seed, full in zip(of[name]["seeds"], of[name]["full"]["values"])} for of in (one, two)]
+        found = [f"{sum(side[seed] for seed in sides[1])}/{len(sides[1])}" for side in sides]
+        differ = ", ".join(str(seed) for seed in sides[1] if sides[0][seed] != sides[1][seed]) or "none"
+        gaps = [of[name].get("win_rate minus PPO") for of in (one, two)]
+        rows.append([name, *found, differ, *(f"{gap['mean']:+.3f} {interval(gap)}" if gap else "" for gap in gaps)])
+    return table(rows)
+
+
+def values(of, name, key):
+    """A figure of a run, over the seeds that all runs of the part have."""
+    shared = set.intersection(*(set(one["seeds"]) for one in of.values()))
+    return [x for x, seed in zip(of[name][key]["values"], of[name]["seeds"]) if seed in shared]
+
+
+def over(of, name):
+    """-> the cell "found/seeds; mean win rate; mean KL" of a run."""
+    full, win, kl = [values(of, name, key) for key in ("full", "win_rate", "kl")]
+    return f"{sum(x >= 0.5 for x in full)}/{len(full)}; {mean(win):.2f}; {mean(kl):.1f}"
+
+
+def models():
+    """Reward models of other sizes and of another architecture."""
+    of, rows = read("text/models.json"), [["reward model and critic", "RM accuracy", "PPO: found; win rate; KL", "DR-PO"]]
+    rows[0].append("win rate, DR-PO − PPO")
+    for kind, title in RM.items():
+        names = [f"{name}, RM {kind}" for name in ("PPO", "DR-PO")]
+        gap = spread([b - a for a, b in zip(*[values(of, name, "win_rate") for name in names])])
+        cells = [f"{mean(values(of, names[0], 'rm_accuracy')):.3f}", *(over(of, name) for name in names)]
+        rows.append([title, *cells, f"{gap['mean']:+.3f} {interval(gap)}"])
+    return table(rows)
+
+
+def beta_lambda():
+    """beta against the KL coefficient."""
+    of = read("text/beta_lambda.json")
+    betas, coefficients = [sorted({float(name.split()[i].strip(",")) for name in of}) for i in (1, 3)]
+    rows = [["found; win rate; KL", *(f"KL coefficient {kl:g}" for kl in coefficients)]]
+    rows += [[f"β = {b:g}", *(over(of, f"beta {b:g}, KL {kl:g}") for kl in coefficients)] for b in betas]
+    return table(rows)
+
+
 def car():
     """The control task: solved with its exact interval, and the mean return over seeds."""
     rows = [["method", "solved", "mean return", "lowest", "highest"]]
@@ -126,11 +175,14 @@ def deep_sea():
     return table(rows + [[name, *of.values()] for name, of in read("deep_sea/table.json").items()])
 
 
+RM = {"quarter": "GPT-NeoX, a quarter of the policy's size", "same": "GPT-NeoX, the policy's size"}
+RM |= {"fourfold": "GPT-NeoX, four times", "llama": "Llama, the policy's size"}
 MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "DR-PO")
 BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates", "PPO, 3 x updates")
-OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.5", "DR-PO, beta 1")
+OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.25", "DR-PO, beta 0.5", "DR-PO, beta 1")
 TABLES = {"critic": critic, "gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
-TABLES |= {"car": car, "deep sea": deep_sea, "coverage": coverage}
+TABLES |= {"car": car, "deep sea": deep_sea, "coverage": coverage, "models": models}
+TABLES |= {"beta lambda": beta_lambda, "two threads": two_threads}
 TABLES |= {
     "budget": lambda: text("table", BUDGET),
     "text": lambda: text("table", MAIN),
