@@ -310,7 +310,7 @@ ROWS = {  # the settings of `learn`
 }
 CLAIMS = [  # text, rows, and where each seed's last value must be: above SOLVED / 2 (True) or below (False)
     ("DR-PO finds what the data covers", ["DR-PO"], True),
-    ("Without resets the same optimisers do not, nor PPO tuned for itself", ["PPO", "PPO, tuned", "RLOO"], False),
+    ("Without resets the same optimisers do not, nor PPO with its own tuning", ["PPO", "PPO, tuned", "RLOO"], False),
     ("Any beta in [0.25, 1] works", ["DR-PO, beta = 0.25", "DR-PO", "DR-PO, beta = 1"], True),
     ("Algorithm 3, with NPG as the policy optimiser, works too", ["DR-PO with NPG (Algorithm 3)"], True),
     ("It is the coverage", ["DR-PO, first half of the data", "DR-PO, data without the corridor"], False),
@@ -401,7 +401,7 @@ def draw(by_row, path):
         share, layers = curve[:, 2:].T.clamp(min=1e-3), range(curve.shape[1] - 2)
         image = ax.pcolormesh(curve[:, 0].numpy(), layers, share.numpy(), norm=LogNorm(1e-3, 1), shading="nearest")
         ax.set(xscale="log", xlabel="episodes", ylabel="layer", title=f"where {row} still acts", yticks=layers[::5])
-    maps[0].text(0.65, 0.6, "never visited again", color="white", ha="center", transform=maps[0].transAxes)
+    maps[0].text(0.65, 0.6, "hardly visited again", color="white", ha="center", transform=maps[0].transAxes)
     figure.colorbar(image, ax=maps, label="share of episodes", format="{x:.1%}", extend="min")
     figure.savefig(path, dpi=180)
 

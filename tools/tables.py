@@ -96,13 +96,15 @@ def text(part, names=None, other="PPO"):
             gap = of.get(f"win_rate minus {other}")
             cells = [f"{of['full']['mean']:.3f}", f"{of['win_rate']['mean']:.3f} {interval(of['win_rate'])}"]
             cells.append(f"{gap['mean']:+.3f} {interval(gap)}" if gap and gap["ci95"] else "")
-            rows.append([name, found, *cells, *(f"{of[key]['mean']:.2f}" for key in ("gold", "rm_score", "kl", "tokens"))])
+            numbers = {key: f"{of[key]['mean']:.2f}" for key in ("gold", "rm_score", "kl", "tokens")}
+            numbers |= {"kl": ""} if name == "SFT on chosen" else {}  # that was to itself
+            rows.append([name, found, *cells, *numbers.values()])
     return table(rows)
 
 
 def coverage():
     """Where resets help: PPO and DR-PO at each level of SFT's coverage, paired by seed."""
-    rows = [["an annotator stops with", "P(full summary), SFT", "PPO: found", "share full", "DR-PO: found", "share full"]]
+    rows = [["an SFT reference stops with", "P(full summary), SFT", "PPO: found", "share full", "DR-PO: found", "share full"]]
     rows[0].append("win rate, DR-PO − PPO")
     of = read("text/coverage.json")
     for stop in sorted({name.rpartition(" ")[2] for name in of}):
@@ -177,9 +179,10 @@ def deep_sea():
 
 RM = {"quarter": "GPT-NeoX, a quarter of the policy's size", "same": "GPT-NeoX, the policy's size"}
 RM |= {"fourfold": "GPT-NeoX, four times", "llama": "Llama, the policy's size"}
-MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "DR-PO")
+MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "PPO, KL 0.3", "DR-PO")
 BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates", "PPO, 3 x updates")
-OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.25", "DR-PO, beta 0.5", "DR-PO, beta 1")
+OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.25", "DR-PO, beta 0.5")
+OTHERS += ("DR-PO, beta 1", "DR-PO, beta 1, 0..n")
 TABLES = {"critic": critic, "gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
 TABLES |= {"car": car, "deep sea": deep_sea, "coverage": coverage, "models": models}
 TABLES |= {"beta lambda": beta_lambda, "two threads": two_threads}

@@ -59,6 +59,7 @@ TABLE = {
     "SFT on chosen": ("sft", "", "--dataset=toy_text:gate_pairs"),
     "DPO": ("dpo", ""),
     "PPO": ("ppo", ""),
+    "PPO, KL 0.3": ("ppo", "--kl_coef=0.3"),
     "PPO, 3 x updates": ("ppo", "--updates=180"),
     "PPO, 2 x updates": ("ppo", "--updates=120"),
     "DR-PO, 2 x updates": ("drpo", "--updates=120"),
@@ -107,6 +108,7 @@ SAME = {  # runs of other parts that are runs of `table` under another name; the
     **{f"{name}, RM same": name for name in ("PPO", "DR-PO")},
     "SFT": "SFT",
     "beta 0, KL 0.1": "PPO",
+    "beta 0, KL 0.3": "PPO, KL 0.3",
     **{f"beta {beta}, KL 0.1": f"DR-PO, beta {beta}" for beta in (0.25, 0.5, 1)},
 }
 
@@ -225,7 +227,7 @@ def summarise(part, rows):
         of = results[name] = {key: spread([row[key] for row in mine]) for key in mine[0] if key not in ("run", "seed")}
         hits, n = sum(row["full"] >= 0.5 for row in mine), len(mine)
         of |= {"seeds": [row["seed"] for row in mine], "found": hits, "found_ci95": clopper_pearson(hits, n)}
-        for other in ("PPO", "SFT on chosen", name.replace("DR-PO", "PPO")):
+        for other in ("PPO", "PPO, KL 0.3", "DPO", "SFT on chosen", name.replace("DR-PO", "PPO")):
             if other != name and (gap := paired(rows, name, other, "win_rate")):
                 of[f"win_rate minus {other}"] = gap
         found = f"{hits}/{n} [{of['found_ci95'][0]:.2f}, {of['found_ci95'][1]:.2f}]"
@@ -256,21 +258,21 @@ def draw_coverage(rows, path):
 
 
 def draw_unpenalised(rows, path):
-    """RM score above and gold score below against KL to SFT: a line per seed, a dot per number of updates."""
+    """RM score above and gold score below against KL to SFT: a line per seed, larger dots for more updates."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes, seeds = figure.subplots(2, 1, sharex=True), {seed for run, seed in rows if run != "SFT"}
-    for ax, key, title in zip(axes, ("rm_score", "gold"), ("RM score: what is optimised", "gold score: what is wanted")):
+    for ax, key, title in zip(axes, ("rm_score", "gold"), ("RM score\n(what is optimised)", "gold score\n(what is wanted)")):
         for seed in seeds:
-            line = [rows[name, seed] for name in UNPENALISED if (name, seed) in rows]
+            line = [rows[name, seed] for name in UNPENALISED]
             ax.plot([row["kl"] for row in line], [row[key] for row in line], color=COLOURS["drpo"], alpha=0.4, lw=1)
-        for name in UNPENALISED:
-            dots = [rows[name, seed] for seed in seeds if (name, seed) in rows]
-            x, y = [mean(row[one] for row in dots) for one in ("kl", key)]
-            ax.plot([row["kl"] for row in dots], [row[key] for row in dots], ".", color=COLOURS["drpo"])
-            ax.annotate(name, (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
-        ax.set_ylabel(title)
+        for size, name in enumerate(UNPENALISED):
+            dots = [(rows[name, seed]["kl"], rows[name, seed][key]) for seed in seeds]
+            ax.scatter(*zip(*dots), s=8 + 4 * size**2, color=COLOURS["drpo"], alpha=0.7, lw=0, label=name)
+        ax.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))  # as Gao et al. 2023
+        ax.set(ylabel=title, xlim=(0, None), xticks=(0, 1, 5, 10, 20, 50, 100))
         ax.grid(alpha=0.3)
-    axes[1].set_xlabel("KL to the SFT policy, nats per response")
+    axes[1].set_xlabel("KL to the SFT policy, nats per response; square-root scale")
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
 
 
