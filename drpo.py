@@ -345,7 +345,7 @@ def twin(network, s, role):  # -> the network as it will be trained, and frozen 
     return add_lora(network, s.lora_r, s.seed, role) if s.lora_r else network, frozen
 
 
-def load_reward(folder, s, trained=False):  # -> (backbone, head). Score: logit - config.reward_bias, N+ detail 15
+def load_reward(folder, s, trained=False):  # -> (backbone, head); logit - reward_bias: references average 0, N+ detail 15
     model = load_network(str(folder), s, AutoModelForSequenceClassification, trained)
     if not hasattr(model.config, "reward_bias"):
         stop(f"{folder}: is not a reward model; make one with: python drpo.py rm")

@@ -48,6 +48,12 @@ def test_a_run_has_found_the_summary_at_one_half():
     assert gap["mean"] == pytest.approx(0.35) and gap["ci95"][0] == pytest.approx(0.35 - 12.706 * 0.05, abs=1e-3)
 
 
+@pytest.mark.parametrize("part", text_sweep.FIGURES)
+def test_committed_rows_can_be_drawn(part, tmp_path):
+    text_sweep.FIGURES[part](text_sweep.read(tables.ROOT / "results" / "text", part), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_tables_in_readme_and_docs_are_those_of_the_files():
     for name in tables.PAGES:
         page = (tables.ROOT / name).read_text(encoding="utf-8")

@@ -245,6 +245,12 @@ def test_supervised_lora_is_merged_into_the_saved_networks(start, tmp_path):
     drpo.main(["drpo", *command[1:]])  # whose check finds that references score 0
 
 
+def test_batches_of_labels_may_be_named_by_lists(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(conftest, "listed", lambda: [row | {"batch": ["b", 7]} for row in conftest.pairs()], raising=False)
+    drpo.main(start("rm", preference_dataset="conftest:listed"))
+    assert list(json.loads((tmp_path / "run" / "rm" / "result.json").read_text())["accuracy_by_batch"]) == ["['b', 7]"]
+
+
 def test_the_reward_model_and_the_policy_learn(start, tmp_path):
     """Pairs whose rejected response is always the same are ranked right, and the policy comes to score higher."""
     changes = dict(batch_size=32, micro_batch=32, kl_coef=0.01, missing_eos_score=-3.0, updates=12, lr=0.01)

@@ -135,7 +135,7 @@ def values(of, name, key):
     return [x for x, seed in zip(of[name][key]["values"], of[name]["seeds"]) if seed in shared]
 
 
-def over(of, name):
+def cell(of, name):
     """-> the cell "found/seeds; mean win rate; mean KL" of a run."""
     full, win, kl = [values(of, name, key) for key in ("full", "win_rate", "kl")]
     return f"{sum(x >= 0.5 for x in full)}/{len(full)}; {mean(win):.2f}; {mean(kl):.1f}"
@@ -148,7 +148,7 @@ def models():
     for kind, title in RM.items():
         names = [f"{name}, RM {kind}" for name in ("PPO", "DR-PO")]
         gap = spread([b - a for a, b in zip(*[values(of, name, "win_rate") for name in names])])
-        cells = [f"{mean(values(of, names[0], 'rm_accuracy')):.3f}", *(over(of, name) for name in names)]
+        cells = [f"{mean(values(of, names[0], 'rm_accuracy')):.3f}", *(cell(of, name) for name in names)]
         rows.append([title, *cells, f"{gap['mean']:+.3f} {interval(gap)}"])
     return table(rows)
 
@@ -158,7 +158,7 @@ def beta_lambda():
     of = read("text/beta_lambda.json")
     betas, coefficients = [sorted({float(name.split()[i].strip(",")) for name in of}) for i in (1, 3)]
     rows = [["found; win rate; KL", *(f"KL coefficient {kl:g}" for kl in coefficients)]]
-    rows += [[f"β = {b:g}", *(over(of, f"beta {b:g}, KL {kl:g}") for kl in coefficients)] for b in betas]
+    rows += [[f"β = {b:g}", *(cell(of, f"beta {b:g}, KL {kl:g}") for kl in coefficients)] for b in betas]
     return table(rows)
 
 
