@@ -16,8 +16,7 @@ Algorithm 1 of the paper, and where each line is:
     5         keep the steps h' >= h only: state, action, r, ln(pi_t / pi_SFT)    token_mask, penalised_rewards
     6         pi_{t+1} = PO(pi_t, D_on); here PO is PPO, or RLOO                  gae, rloo_advantages, ppo_policy_loss
 
-One row: a query of 4 tokens, a reset of 2, EOS sampled at t = 4, T = 6. Rows are padded on the right. Attention is causal:
-no mask is needed (`rollout` alone pads on the left, with one). Response step t is decided from the state one to its left.
+One row: a query of 4 tokens, a reset of 2, EOS sampled at t = 4, T = 6. Padding is on the right: causal attention ignores it.
     ids             q   q   q   q   r   r   a   a   EOS .
     t (response)                    0   1   2   3   4   5
     state of step t             0   1   2   3   4   5
@@ -25,9 +24,8 @@ no mask is needed (`rollout` alone pads on the left, with one). Response step t 
     rewards                         0   0  -kl -kl -kl+score     `penalised_rewards`
 
 The main differences from the paper (P) and the official code (C); docs/paper.md has all of them. N+ is arXiv 2403.17031.
-    1  One mask in every term: the policy's tokens up to EOS, as Alg. 1 stores. C masks the prefix only in the policy loss.
-    2  A prefix has 1..n tokens, n without EOS, as in C. `--reset_include_prompt` draws 0..n, as in P, Alg. 3.
-    3  Losses are means over all masked tokens of the batch; in C, of a micro-batch. The critic's head is trained; in C, frozen.
+    1  One mask in every term and mean: the policy's tokens up to EOS, as in Alg. 1. C masks prefixes in the policy loss only.
+    2  A prefix has 1..n tokens as in C; `--reset_include_prompt` draws 0..n as in P, Alg. 3. C freezes the critic's head.
 """
 
 import contextlib
@@ -55,7 +53,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GradientCheckpointingLayer
 from transformers.hf_argparser import HfArg
@@ -80,6 +77,7 @@ class Settings:
     compile: bool = HfArg(default=False, help="torch.compile of the layers: minutes at the start, then faster on a GPU")
     save_every: int = HfArg(default=100, help="updates between checkpoints")
     eval_samples: int = HfArg(default=600, help="held-out prompts that the methods are compared on")
+    eval_every: int = HfArg(default=10, help="updates of ppo and drpo between evaluations on 100 held-out prompts; 0: none")
     eval_temperature: float = HfArg(default=0.01, help="sampling temperature of the evaluation")
     judge: str = HfArg(default="rm", help="rm (not independent: it was optimised), rm:RUN_DIR or module:function")
     seed: int = HfArg(default=0, help="seed of all randomness")
@@ -126,7 +124,7 @@ class Settings:
 
     def __post_init__(self):
         self.run_dir = self.run_dir or f"runs/{self.preset}" + "_seeds" * bool(self.seeds)
-        least = dict.fromkeys("seed sft_steps rm_steps updates lora_r supervised_lora_r".split(), 0)
+        least = dict.fromkeys("seed sft_steps rm_steps updates lora_r supervised_lora_r eval_every".split(), 0)
         least |= {"temperature": 1e-3, "eval_temperature": 1e-3, "missing_eos_score": -1e6, "response_length": 2, "group": 2}
         most = dict.fromkeys("beta lam gamma cliprange lr sft_lr rm_lr dpo_lr".split(), 1)
         for name, value in vars(self).items():
@@ -148,7 +146,7 @@ PRESETS = {
                  response_length=30, preference_length=40, lora_r=0, micro_batch=64, max_grad_norm=1.0, sft_steps=600, seed=124,
                  sft_lr=3e-3, sft_batch_size=16, rm_steps=600, rm_lr=5e-4, rm_batch_size=16, rm_center=0.02, updates=60,
                  batch_size=96, epochs=2, lr=2e-4, beta=0.8, lam=1.0, kl_coef=0.1, temperature=1.0, cliprange_value=5.0,
-                 whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48, eval_samples=500, eval_temperature=0.7),
+                 whiten_rewards=False, dpo_lr=3e-4, dpo_batch_size=48, eval_samples=500, eval_temperature=0.7, eval_every=5),
 }  # fmt: skip
 
 
@@ -166,8 +164,7 @@ def blame(what):  # whatever a library raises inside, of bad input, becomes one 
 
 
 def generator(seed, *key):  # on the CPU, depends on seed and key alone: a resumed run draws what it would have drawn
-    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(int(hashlib.sha256(repr((seed, *key)).encode()).hexdigest()[:16], 16) >> 1)
 
 
 def world():  # -> (rank, number of processes): all hold all rows and weights, each computes a share of the micro-batches
@@ -352,19 +349,18 @@ def load_reward(folder, s, trained=False):  # -> (backbone, head); logit - rewar
     return model.base_model, scalar_head(model.score.weight, -model.config.reward_bias)
 
 
-def scalar_head(weight, bias=0.0):  # a frozen nn.Linear(d, 1) in float32 from a weight (1, d) and a number
-    head = nn.Linear(weight.shape[1], 1, device=weight.device)
+def scalar_head(weight, bias=0.0):  # a frozen torch.nn.Linear(d, 1) in float32 from a weight (1, d) and a number
+    head = torch.nn.Linear(weight.shape[1], 1, device=weight.device)
     head.load_state_dict({"weight": weight.float(), "bias": torch.tensor([bias])})
     return head.requires_grad_(False)
 
 
 def save_network(network, tokenizer, folder):  # the layout of Hugging Face; an adapter under adapter/, and merged, in place
-    writes = world()[0] == 0
     if hasattr(network, "merge_and_unload"):
-        network.save_pretrained(folder / "adapter", is_main_process=writes)
+        network.save_pretrained(folder / "adapter", is_main_process=world()[0] == 0)
         network = network.float().merge_and_unload()  # in bfloat16 the sum would round small updates away
-    network.save_pretrained(folder, is_main_process=writes)
-    tokenizer.save_pretrained(folder) if writes else None
+    network.save_pretrained(folder, is_main_process=world()[0] == 0)
+    tokenizer.save_pretrained(folder) if world()[0] == 0 else None
 
 
 def body_and_head(network):  # -> the transformer without its head, and the linear layer that makes logits of its states
@@ -539,9 +535,8 @@ def reset_rollouts(roles, rows, update, tokenizer, s):  # Alg. 1, lines 3 and 4:
     queries = [ids for row in rows for ids in [encode_query(row["prompt"], tokenizer, s.query_length)] * K]
     uniforms = torch.rand(len(queries), T, generator=rng)
     responses = rollout(roles.policy, queries, prefixes, uniforms, tokenizer, s, s.temperature)
-    has_eos = torch.tensor([ids[-1] == eos for ids in responses], device=s.device)
-    batch = collate(queries, responses, T, s.device)
-    return batch | {"reset_len": reset_len.repeat_interleave(K).to(s.device), "has_eos": has_eos}
+    ends = {"has_eos": torch.tensor([ids[-1] == eos for ids in responses], device=s.device)}
+    return collate(queries, responses, T, s.device) | ends | {"reset_len": reset_len.repeat_interleave(K).to(s.device)}
 
 
 def sample(network, rows, s, tokenizer, temperature, key=("evaluation",)):  # -> ids, from the bare prompt
@@ -605,7 +600,7 @@ def step(optimizer, s, where, batch):
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params if world()[1] > 1 else []:
         p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
-    norm = nn.utils.clip_grad_norm_(params, s.max_grad_norm or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(params, s.max_grad_norm or math.inf)
     if not torch.isfinite(norm):
         path = Path(s.run_dir) / where.split()[0] / "bad_batch.pt"
         save_whole({name: x.cpu() for name, x in batch.items()}, path)
@@ -623,7 +618,7 @@ def fit(stage, modules, loss_of, s, tokenizer):  # SFT, reward model, DPO; loss_
         source, kind, fields, T = s.dataset, "reference", ["reference"], s.response_length
     rows, lr, size = load_rows(source, kind, s.seed)[0], getattr(s, f"{stage}_lr"), getattr(s, f"{stage}_batch_size")
     updates = (s.updates if stage == "dpo" else getattr(s, f"{stage}_steps")) or max(1, len(rows) // size)
-    for update, optimizer, metrics in training(stage, updates, lr, nn.ModuleDict(modules), s):
+    for update, optimizer, metrics in training(stage, updates, lr, torch.nn.ModuleDict(modules), s):
         batch = encode(draw(rows, size, update, s.seed, stage), fields, s, tokenizer, T)
         weighed, figures = whole(batch) if stage == "sft" else batch, torch.zeros(len(fields), device=s.device)
         for i, part in micro_batches(weighed, s.micro_batch, kind == "pairs"):
@@ -721,15 +716,19 @@ def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer
     rows = chosen if s.reset_to == "chosen" else references  # D_TR
     tokenizer, network = load(AutoTokenizer, f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
     roles = build_roles(network, load_reward(f"{s.run_dir}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
-    score, checked = functools.partial(end_scores, roles.reward, roles.reward_head), few(references, 256, s, "check")
-    scores = per_row(score, checked, None, s, tokenizer)
+    own, checked = (roles.reward, roles.reward_head), few(references, 256, s, "check")
+    scores = per_row(functools.partial(end_scores, *own), checked, None, s, tokenizer)
     error = scores.std(correction=0).item() / math.sqrt(len(scores))
     tqdm.write(f"check: SFT references score {scores.mean():.2f} +- {error:.2f} (standard error); it should be 0")
     if not abs(scores.mean()) < 5 * error + (1e-4 if s.dtype == "float32" else 0.1):
         stop("the reward model does not see the references as it was trained on them", 3)
-    modules = nn.ModuleDict({name: getattr(roles, name) for name in ("policy", "critic", "value_head")})
+    modules = torch.nn.ModuleDict({name: getattr(roles, name) for name in ("policy", "critic", "value_head")})
+    held_out, judge = few(load_rows(s.dataset, "reference", s.seed)[1], 100, s, "eval"), find_judge(s, tokenizer, own)
     for update, optimizer, metrics in training(stage, s.updates or max(1, len(rows) // s.batch_size), s.lr, modules, s):
         metrics |= drpo_update(roles, optimizer, rows, update, tokenizer, s, f"{stage} update {update + 1}")
+        if s.eval_every and (update + 1) % s.eval_every == 0:
+            columns = rate(roles.policy, roles.reference, own, judge, held_out, s, tokenizer)
+            metrics |= {f"held_out_{name}": mean(column) for name, column in columns.items() if name != "response"}
     save_network(roles.policy, tokenizer, Path(s.run_dir) / stage)
 
 
@@ -739,23 +738,19 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
     batch = reset_rollouts(roles, rows, update, tokenizer, s)  # lines 3 and 4
     has_eos, mask = batch["has_eos"], token_mask(batch["reset_len"], batch["response_len"], T)
     laps.append(lap(s))
-    # Line 5: reward and log-ratio of every step. Log-probabilities come from the training pass, not from the sampler
-    with torch.no_grad():
+    with torch.no_grad():  # line 5: reward and log-ratio of every step; ln pi is that of a training pass, not the sampler's
         logprobs, ref_logprobs, entropy, values = of_steps = torch.zeros(4, B, T, device=s.device)  # views
         scores = torch.zeros(B, device=s.device)
         for i, part in micro_batches(batch, s.micro_batch):
             logprobs[i], entropy[i] = response_logprobs(roles.policy, part, mask[i], s.temperature)
             ref_logprobs[i], _ = response_logprobs(roles.reference, part, mask[i], s.temperature)
             scores[i] = end_scores(roles.reward, roles.reward_head, part)
-            if is_gae:
-                values[i] = response_values(roles.critic, roles.value_head, part, mask[i])
+            values[i] = response_values(roles.critic, roles.value_head, part, mask[i]) if is_gae else 0.0
         summed(of_steps), summed(scores)  # in place
         kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (batch["reset_len"] > 0).float().mean().item()
         if update == 0:  # self-checks; the flags below allow empty resets
             drift = kl.abs().max().item()
-            below = (scores[has_eos] < s.missing_eos_score).float().mean().item()  # these would score more without their end
             tqdm.write(f"check: {reset_share:.2f} of rollouts are resets, beta {s.beta:g}; |ln pi - ln pi_SFT| <= {drift:.1e}")
-            tqdm.write(f"check: {below:.2f} of the rollouts that end score below --missing_eos_score, {s.missing_eos_score:g}")
             slack = 5 * math.sqrt(s.beta * (1 - s.beta) / (n := B if is_gae else B // s.group)) + (0 < s.beta < 1) / n + 1e-6
             if not s.reset_include_prompt and s.reset_to != "sft" and abs(reset_share - s.beta) > slack:
                 stop(f"{where}: resets do not happen as often as beta says", 3)
@@ -841,48 +836,53 @@ def wilson(wins, z=1.96):  # (1, 0, ties 0.5, None undecided) -> the 95 % interv
     return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
 
 
-def find_judge(s):  # -> judge(prompts, a, b) -> [P(a is preferred) or None, ...], or the folder of a reward model
-    if s.judge == "rm" or (s.judge.startswith("rm:") and Path(s.judge[3:], "rm", "config.json").exists()):
-        return Path(s.judge[3:] or s.run_dir, "rm")
+def find_judge(s, tokenizer=None, own=None):  # -> judge(prompts, a, b) -> [P(a is preferred) or None, ...], or a reward model
+    folder = Path(s.judge[3:] or s.run_dir, "rm")  # a reward model is (backbone, head); own: this run's, for --judge rm
+    if s.judge == "rm" or (s.judge.startswith("rm:") and (folder / "config.json").exists()):
+        if tokenizer and load(AutoTokenizer, str(folder), s).get_vocab() != tokenizer.get_vocab():
+            stop(f"--judge {s.judge}: its reward model has another tokenizer")
+        return load_reward(folder, s) if s.judge != "rm" and tokenizer else own
     with blame(f"--judge {s.judge}"):
-        return resolve(s.judge) or stop(f"--judge {s.judge}: is not rm, rm:RUN_DIR or module:function. API: tools/judge.py")
+        judge = resolve(s.judge) or stop(f"--judge {s.judge}: is not rm, rm:RUN_DIR or module:function. API: tools/judge.py")
+    return judge if not world()[0] else lambda prompts, *_: [None] * len(prompts)  # one process asks
 
 
-def evaluate(s):  # -> samples.jsonl, report.json: win rate over references (tie: 0.5), RM score, KL, ROUGE, length, EOS rate
-    run, tokenizer, judge = Path(s.run_dir), load(AutoTokenizer, f"{s.run_dir}/sft", s), find_judge(s)
-    rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
-    sft, reward_model, done = load_network(f"{run}/sft", s), load_reward(run / "rm", s), results(run)
-    judge = judge if isinstance(judge, Path) or not world()[0] else lambda texts, *_: [None] * len(texts)  # one process asks
-    judge_model, eos = load_reward(judge, s) if isinstance(judge, Path) else None, tokenizer.eos_token_id
-    if judge_model and load(AutoTokenizer, str(judge), s).get_vocab() != tokenizer.get_vocab():
-        stop(f"--judge {s.judge}: its reward model has another tokenizer")
-    for method, other in ((x, y) for x in ("dpo", "ppo", "drpo") if x in done for y in NEEDS[x]):
-        if json.loads((run / method / "settings.json").read_text())[other] != done[other]["seconds"]:
-            stop(f"{run / method} was trained on another {run / other}: delete it, and train it anew")
-    measure = functools.partial(per_row, rows=rows, s=s, tokenizer=tokenizer)
+@torch.no_grad()
+def rate(network, sft, reward_model, judge, rows, s, tokenizer):  # -> {figure: a list over rows}, from the bare prompts
+    measure, eos = functools.partial(per_row, rows=rows, s=s, tokenizer=tokenizer), tokenizer.eos_token_id
 
     def scores_of(model, responses):  # of token ids; a response that does not end scores as in training
         ended = torch.tensor([ids[-1] == eos for ids in responses])
         return torch.where(ended, measure(functools.partial(end_scores, *model), responses=responses), s.missing_eos_score)
 
+    responses, warm = [sample(network, rows, s, tokenizer, t) for t in (s.eval_temperature, s.temperature)]
+    texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+    if isinstance(judge, tuple):
+        gap = scores_of(judge, responses) - measure(functools.partial(end_scores, *judge), responses=None)
+        wins = ((torch.sign(gap) + 1) / 2).tolist()
+    else:
+        wins = list(judge([row["prompt"] for row in rows], texts, [row["reference"] for row in rows]))
+    columns = {"response": texts, "win_rate": wins, "rm_score": scores_of(reward_model, responses).tolist()}
+    log_pi, log_sft = [measure(lambda x: sequence_logprobs(n, x, s.temperature), responses=warm) for n in (network, sft)]
+    columns |= {"kl": (log_pi - log_sft).tolist(), "kl_rm_score": scores_of(reward_model, warm).tolist()}
+    return columns | {"response_tokens": list(map(len, responses)), "eos_rate": [int(ids[-1] == eos) for ids in responses]}
+
+
+def evaluate(s):  # -> samples.jsonl, report.json: win rate over references (tie: 0.5), RM score, KL, ROUGE, length, EOS rate
+    run, tokenizer = Path(s.run_dir), load(AutoTokenizer, f"{s.run_dir}/sft", s)
+    rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
+    sft, reward_model, done = load_network(f"{run}/sft", s), load_reward(run / "rm", s), results(run)
+    judge, uses = find_judge(s, tokenizer, reward_model), {x: json.loads((run / x / "settings.json").read_text()) for x in done}
+    for method, other in ((x, y) for x in USES if x in done for y in NEEDS[x] if uses[x][y] != done[y]["seconds"]):
+        stop(f"{run / method} was trained on another {run / other}: delete it, and train it anew")
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     for method in tqdm([stage for stage in USES if stage != "rm" and stage in done], desc="eval", unit="method"):
         adapter = run / method / "adapter"  # applied as in training: loaded in bfloat16, merged weights would be rounded
         is_lora = method != "sft" and adapter.exists()
         network = sft if method == "sft" else load_network(f"{run}/{'sft' if is_lora else method}", s)
         network = importlib.import_module("peft").PeftModel.from_pretrained(network, adapter) if is_lora else network
-        responses, warm = [sample(network, rows, s, tokenizer, t) for t in (s.eval_temperature, s.temperature)]
-        texts = [text.strip() for text in tokenizer.batch_decode(responses, skip_special_tokens=True)]
-        if judge_model:
-            gap = scores_of(judge_model, responses) - measure(functools.partial(end_scores, *judge_model), responses=None)
-            wins = ((torch.sign(gap) + 1) / 2).tolist()
-        else:
-            wins = list(judge([row["prompt"] for row in rows], texts, [row["reference"] for row in rows]))
-        columns = {"response": texts, "win_rate": wins, "rm_score": scores_of(reward_model, responses).tolist()}
-        log_pi, log_sft = [measure(lambda x: sequence_logprobs(n, x, s.temperature), responses=warm) for n in (network, sft)]
-        columns |= {"kl": (log_pi - log_sft).tolist(), "kl_rm_score": scores_of(reward_model, warm).tolist()}
-        columns |= {f"rouge_{kind.lower()}": rouge(texts, rows, f"rouge{kind}") for kind in "12L"}
-        columns |= {"response_tokens": list(map(len, responses)), "eos_rate": [int(ids[-1] == eos) for ids in responses]}
+        columns = rate(network, sft, reward_model, judge, rows, s, tokenizer)
+        columns |= {f"rouge_{kind.lower()}": rouge(columns["response"], rows, f"rouge{kind}") for kind in "12L"}
         for row, *values in zip(samples, *columns.values(), strict=True):
             row[method] = dict(zip(columns, values))
     if world()[0] == 0:
@@ -941,7 +941,7 @@ def preflight(stages, s):  # what a later stage needs is tried before the first 
         for needed in (x for x in NEEDS[stage] if x not in [*stages[:i], *results(s.run_dir)]):
             stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
         inputs(stage, s)
-    if "eval" in stages and not isinstance(judge := find_judge(s), Path):  # asked about one row, it costs nothing to know now
+    if {"ppo", "drpo", "eval"} & {*stages} and (judge := find_judge(s)):  # asked about one row, it costs nothing to know now
         row = load_rows(s.dataset, "reference", s.seed)[1][0]
         with blame(f"--judge {s.judge}"):
             (_,) = judge([row["prompt"]], [row["reference"]], [row["reference"]])  # as many verdicts as pairs

@@ -21,7 +21,7 @@ SMALL = (
     "--dataset conftest:posts --preference_dataset conftest:pairs --model conftest:network --tokenizer conftest:tokenizer "
     "--judge conftest:longer --device cpu --query_length 8 --response_length 7 --preference_length 7 --sft_steps 4 "
     "--rm_steps 4 --updates 3 --sft_batch_size 8 --rm_batch_size 8 --batch_size 8 --dpo_batch_size 8 --micro_batch 3 "
-    "--lr 0.003 --sft_lr 0.003 --rm_lr 0.003 --dpo_lr 0.003 --eval_samples 10 --save_every 1 "
+    "--lr 0.003 --sft_lr 0.003 --rm_lr 0.003 --dpo_lr 0.003 --eval_samples 10 --eval_every 2 --save_every 1 "
     "--seed 0 --rm_center 0 --beta 0.6 --lam 0.95"
 ).split()
 
@@ -74,9 +74,12 @@ def write_lines(path, rows):
 
 
 def make_run(folder, win_rates, seed=0, judge="toy_text:gold_judge", score=(0.0, 1.0), kl=2.5, log=LOG, **settings):
-    """A finished run with these {method: win rate} on four prompts; PPO and DR-PO logged these scores, one per update."""
+    """A finished run with these {method: win rate} on four prompts; PPO and DR-PO logged these scores, one per update, on
+    held-out prompts from the second on."""
     settings = SETTINGS | {"seed": seed, "run_dir": str(folder)} | settings
-    rl = [log | {"score": value} for value in score]
+    rl = [log | {"update": update, "score": value} for update, value in enumerate(score, 1)]
+    for line in rl[1:]:
+        line |= {f"held_out_{key}": line["score"] for key in ("win_rate", "rm_score", "kl", "response_tokens", "eos_rate")}
     logs = {"sft": [{"loss": 3.0}], "rm": [{"accuracy": 0.6}], "dpo": [{"accuracy": 0.6}], "ppo": rl, "drpo": rl}
     accuracy = {"accuracy": 0.7, "accuracy_ci95": [0.4, 0.9], "pairs": 10}
     results = {"sft": {"held_out_loss": 2.0, "rouge_l": 0.3}, "rm": accuracy | {"accuracy_by_batch": {"all": accuracy}}}

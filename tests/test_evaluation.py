@@ -54,6 +54,17 @@ def test_the_report_has_the_figures_that_others_rely_on(small_run):
             assert (row[method]["kl"] == 0.0) == (method == "sft")
 
 
+def test_held_out_figures_in_training_are_those_of_eval(start, tmp_path):
+    run, without = tmp_path / "run", tmp_path / "without"
+    drpo.main(start("drpo", eval_every=3))  # once, after the last of three updates
+    drpo.main(start("drpo", folder="without", eval_every=0))
+    assert [any("held_out" in name for name in line) for line in conftest.log_of(run / "drpo")] == [False, False, True]
+    of, last = evaluated(run, "--eval_samples=100")[1]["methods"]["drpo"], conftest.log_of(run / "drpo")[-1]
+    for name in set(FIGURES) - {"rouge_1", "rouge_2", "rouge_l"}:
+        assert last.pop(f"held_out_{name}") == pytest.approx(of[name], abs=1e-6)
+    assert last == conftest.log_of(without / "drpo")[-1]  # looking changes nothing
+
+
 def test_wilson_by_hand():
     # 8 of 10: (0.8 + 0.19208 -+ 1.96 sqrt(0.016 + 0.0096040)) / 1.38416
     assert drpo.wilson([1] * 8 + [0] * 2) == pytest.approx([0.49016, 0.94332], abs=1e-5)

@@ -59,7 +59,7 @@ with_and_without_lora = pytest.mark.parametrize("lora_r", [0, 4])
 
 
 def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
 
 
 # ---- Log-probabilities, values and scores ------------------------------------------------------------------

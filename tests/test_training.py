@@ -156,8 +156,9 @@ def plain_update(s, update, policy, ref, critic, head, reward, step):
 @pytest.mark.parametrize("advantages, whiten", [("gae", True), ("gae", False), ("rloo", False)])
 def test_updates_are_those_of_a_plain_loop(start, run, advantages, whiten, beta):
     """Two of them, so that there is a KL. With clipping in both losses, a discount, and a last micro-batch that is smaller."""
-    changes = dict(epochs=3, cliprange=0.02, cliprange_value=0.05, gamma=0.9, lam=0.8, kl_coef=0.5, temperature=0.7)
-    changes |= dict(beta=beta, advantages=advantages, group=4, whiten_rewards=whiten, batch_size=16, micro_batch=5, updates=2)
+    changes = dict(epochs=3, cliprange=0.02, cliprange_value=0.05, gamma=0.9, lam=0.8, kl_coef=0.5, temperature=0.7, group=4)
+    changes |= dict(updates=2, eval_every=0, batch_size=16, micro_batch=5)
+    changes |= dict(beta=beta, advantages=advantages, whiten_rewards=whiten)
     weights, metrics = run("drpo", reset_to="reference", **changes)
     wanted, wanted_weights = plain_training(drpo.parse(start("drpo", "plain", reset_to="reference", **changes))[1])
     for line, wanted_line in zip(metrics, wanted, strict=True):

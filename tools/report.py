@@ -211,10 +211,11 @@ def sample_posts(samples, methods):
 
 
 # ---- 3. Figures. `folders`: one per seed; `tables`: what `figures_of` gives of each ------------------------------------------
-CURVES = [  # key in metrics.jsonl, the same on held-out prompts, title, unit
-    ("score", "kl_rm_score", "Reward-model score", "score (0: references on average)"),
-    ("kl", "kl", "KL to the SFT policy", "nats per response"),
-    ("response_tokens", "response_tokens", "Response length", "tokens"),
+CURVES = [  # key, title, unit
+    ("win_rate", "Win rate against the references", "share"),
+    ("rm_score", "Reward-model score", "score (0: references on average)"),
+    ("kl", "KL to the SFT policy", "nats per response"),
+    ("response_tokens", "Response length", "tokens"),
 ]
 TOKENS = "tokens sampled, cumulative"
 DIAGNOSTICS = [  # key in metrics.jsonl, stages, title, axis
@@ -226,7 +227,10 @@ DIAGNOSTICS = [  # key in metrics.jsonl, stages, title, axis
     ("clipfrac", RL, "clipped tokens: below 0.3", {"ylabel": "share"}),
     ("grad_norm", RL, "gradient norm: should not grow", {}),
     ("reset_share", RL, "rollouts from a reset: beta", {"ylabel": "share", "ylim": (-0.03, 1.03)}),
+    ("score", RL, "score of rollouts; DR-PO's hold prefixes", {"ylabel": "score"}),
     ("score", RL, "score against tokens: resets save some", {"ylabel": "score", "xlabel": TOKENS}),
+    ("kl", RL, "KL of rollouts; none on prefixes", {"ylabel": "nats per response"}),
+    ("response_tokens", RL, "length of rollouts, with prefixes", {"ylabel": "tokens"}),
     ("loss", ("sft",), "SFT loss: should fall and level off", {"ylabel": "nats per token"}),
     ("accuracy", ("rm",), "reward model, pairs ranked right", {"ylabel": "share (chance: 0.5)", "ylim": (0.3, 1.03)}),
     ("accuracy", ("dpo",), "DPO, pairs ranked right", {"ylabel": "share (chance: 0.5)", "ylim": (0.3, 1.03)}),
@@ -260,50 +264,34 @@ def draw_log(ax, folders, stage, key, against_tokens=False):
     return n
 
 
-def draw_shares(ax, tables):
-    """Win rates on held-out prompts, or EOS rates without a judge: of one run with interval, of several a dot each and mean."""
-    judged = any(figures["win_rate"] is not None for each in tables for figures in each.values())
-    key, title = ("win_rate", "Win rate against the references") if judged else ("eos_rate", "Responses that end with EOS")
-    names, several = methods_in(tables), len(tables) > 1
-    for place, name in enumerate(names):
-        found = [each[name] for each in tables if name in each and each[name][key] is not None]
-        if stats := spread([figures[key] for figures in found]):
-            mean, colour = stats["mean"], COLOURS[name]
-            low, high = (stats["ci95"] if several else found[0].get(f"{key}_ci95")) or [mean, mean]
-            ax.errorbar(place, mean, [[mean - low], [high - mean]], fmt="o", markersize=8, capsize=5, color=colour)
-            ax.annotate(f"{mean:.2f}", (place, mean), xytext=(-10, 0), textcoords="offset points", ha="right", va="center")
-            if several:
-                ax.plot([place + 0.2] * stats["n"], stats["values"], "o", markersize=4, alpha=0.6, color=colour)
-    ax.axhline(0.5, color="black", linestyle=":", linewidth=1)
-    ax.set(xticks=range(len(names)), xticklabels=map(label, names), xlim=(-0.6, len(names) - 0.4), ylim=(0, 1.03))
-    bars = "small dots: seeds; bars: 95 % t-interval" if several else "bars: 95 % interval over prompts"
-    ax.set(title=f"{title}, held-out prompts", ylabel="share", xlabel=bars)
-
-
 def draw_curves(folders, tables):
-    """Score, KL and length in training, with their values on held-out prompts, and the win rates."""
+    """Held-out prompts, from the bare prompt, while PPO and DR-PO train: mean and min-max band over the folders; SFT and DPO
+    as lines. Without a verdict the win rate gives way to the share of responses that end."""
     figure, axes = new_figure(2, 2, (10, 7.5))
-    for ax, (key, held_out, title, unit) in zip(axes, CURVES):
-        end = max(draw_log(ax, folders, stage, key) for stage in RL)
-        stats = {name: spread([each[name][held_out] for each in tables if name in each]) for name in ("sft", *RL)}
-        for name, place in {"ppo": 1.04 * end, "drpo": 1.07 * end}.items():
-            if of := stats[name]:
-                bars = [[of["mean"] - of["min"]], [of["max"] - of["mean"]]]
-                ax.errorbar(place, of["mean"], bars, fmt="o", capsize=3, color=COLOURS[name], markeredgecolor="black")
-        if stats["sft"]:
-            ax.axhline(stats["sft"]["mean"], color=COLOURS["sft"], linestyle="--", label="SFT, held-out prompts")
-        ax.set(title=title, xlabel="update", ylabel=unit)
-    draw_shares(axes[3], tables)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    judged = any(figures["win_rate"] is not None for each in tables for figures in each.values())
+    first = CURVES[0] if judged else ("eos_rate", "Responses that end with EOS", "share")
+    for ax, (key, title, unit) in zip(axes, [first, *CURVES[1:]]):
+        for stage in RL:
+            paths = [folder / stage / "metrics.jsonl" for folder in folders]
+            logs = [{x["update"]: x.get(f"held_out_{key}") for x in read(path, lines=True)} for path in paths if path.exists()]
+            updates = [update for update in (logs or [{}])[0] if all(log.get(update) is not None for log in logs)]
+            values = np.array([[log[update] for update in updates] for log in logs]).reshape(len(logs), len(updates))
+            if updates:
+                ax.plot(updates, values.mean(0), "o-", markersize=4, color=COLOURS[stage], label=label(stage))
+                ax.fill_between(updates, values.min(0), values.max(0), color=COLOURS[stage], alpha=0.2, linewidth=0)
+        for name, style in (("sft", "--"), ("dpo", "-.")):
+            if of := spread([each[name][key] for each in tables if name in each]):
+                ax.axhline(of["mean"], color=COLOURS[name], linestyle=style, label=label(name))
+        ax.set(title=title, xlabel="update", ylabel=unit, **{"ylim": (-0.03, 1.03)} if unit == "share" else {})
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     over = f"; mean and range over {len(folders)} seeds" if len(folders) > 1 else ""
-    dots = "Dots at the right: held-out prompts, from the bare prompt, after training. Compare methods by the dots."
-    figure.suptitle(f"Lines: training rollouts, DR-PO's from its resets{over}.\n{dots}", fontsize=11)
+    figure.suptitle(f"Held-out prompts, responses from the bare prompt{over}", fontsize=11)
     return figure
 
 
 def draw_diagnostics(folders):
     """What the stages logged. A metric that a run has not logged leaves its panel empty."""
-    figure, axes = new_figure(3, 4, (15, 9))
+    figure, axes = new_figure(3, 5, (18, 9))
     for ax, (key, stages, title, axis) in zip(axes, DIAGNOSTICS):
         drawn = sum(draw_log(ax, folders, stage, key, axis.get("xlabel") == TOKENS) for stage in stages)
         ax.set(**{"title": title if drawn else f"{key} ({', '.join(stages)}): not logged", "xlabel": "update", **axis})

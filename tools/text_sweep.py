@@ -126,7 +126,7 @@ def train(stage, folder, seed, flags, **parts):
     if not (folder / stage / "result.json").exists():
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
             try:
-                drpo.main([stage, f"--seed={seed}", f"--run_dir={folder}", *flags.split()])
+                drpo.main([stage, f"--seed={seed}", f"--run_dir={folder}", "--eval_every=0", *flags.split()])
             except SystemExit:  # would end the pool's process in silence, and the pool would wait for it
                 raise RuntimeError(said.getvalue().splitlines()[-1]) from None
     return folder / stage
