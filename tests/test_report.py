@@ -112,7 +112,7 @@ def test_curves_show_held_out_prompts_mean_and_band(three_seeds, figures):
     assert figures["curves.png"].axes[2].lines[2].get_ydata()[0] == pytest.approx(13 / 6)  # KL of SFT: 0.5, 1, 5
     score, against_tokens = figures["diagnostics.png"].axes[8:10]
     assert list(score.lines[0].get_ydata()) == pytest.approx([13 / 3, 26 / 3, 0])
-    assert list(against_tokens.lines[0].get_xdata()) == [100, 200, 300]
+    assert list(against_tokens.lines[0].get_xdata()) == [0.1, 0.2, 0.3]  # thousands
 
 
 def test_the_frontier_has_a_point_per_seed_and_is_cut(tmp_path, figures):

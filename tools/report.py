@@ -217,7 +217,7 @@ CURVES = [  # key, title, unit
     ("kl", "KL to the SFT policy", "nats per response"),
     ("response_tokens", "Response length", "tokens"),
 ]
-TOKENS = "tokens sampled, cumulative"
+TOKENS = "tokens sampled so far, thousands"
 DIAGNOSTICS = [  # key in metrics.jsonl, stages, title, axis
     ("eos_rate", RL, "ends with EOS: should rise to 1", {"ylabel": "share", "ylim": (0, 1.03)}),
     ("entropy", RL, "policy entropy: should not drop to 0", {"ylabel": "nats per token"}),
@@ -227,8 +227,8 @@ DIAGNOSTICS = [  # key in metrics.jsonl, stages, title, axis
     ("clipfrac", RL, "clipped tokens: below 0.3", {"ylabel": "share"}),
     ("grad_norm", RL, "gradient norm: should not grow", {}),
     ("reset_share", RL, "rollouts from a reset: beta", {"ylabel": "share", "ylim": (-0.03, 1.03)}),
-    ("score", RL, "score of rollouts; DR-PO's hold prefixes", {"ylabel": "score"}),
-    ("score", RL, "score against tokens: resets save some", {"ylabel": "score", "xlabel": TOKENS}),
+    ("score", RL, "score of rollouts, with prefixes", {"ylabel": "score"}),
+    ("score", RL, "the same, against tokens", {"ylabel": "score", "xlabel": TOKENS}),
     ("kl", RL, "KL of rollouts; none on prefixes", {"ylabel": "nats per response"}),
     ("response_tokens", RL, "length of rollouts, with prefixes", {"ylabel": "tokens"}),
     ("loss", ("sft",), "SFT loss: should fall and level off", {"ylabel": "nats per token"}),
@@ -256,7 +256,7 @@ def draw_log(ax, folders, stage, key, against_tokens=False):
     if n := min(map(len, logs), default=0):
         x, window = range(1, n + 1), n // 20 + 1
         if against_tokens:
-            x = np.mean([np.cumsum([line["tokens_decoded"] for line in log[:n]]) for log in logs], 0)
+            x = np.mean([np.cumsum([line["tokens_decoded"] for line in log[:n]]) for log in logs], 0) / 1000
         y = np.array([[line[key] for line in log[:n]] for log in logs], float)  # (folders, n)
         y = np.stack([y[:, max(0, i - window) : i].mean(1) for i in range(1, n + 1)], 1)
         ax.plot(x, y.mean(0), color=COLOURS[stage], linewidth=2, label=METHODS.get(stage, "reward model"))

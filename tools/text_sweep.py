@@ -71,8 +71,6 @@ TABLE = {
     "DR-PO, beta 0.5": ("drpo", "--beta=0.5"),
     "DR-PO, beta 1": ("drpo", "--beta=1"),
     "DR-PO, beta 1, 0..n": ("drpo", "--beta=1 --reset_include_prompt=True"),
-    "PPO from the chosen": ("ppo", "", "--dataset=toy_text:gate_pairs"),
-    "DR-PO from the chosen": ("drpo", "", "--dataset=toy_text:gate_pairs"),
 }
 COVERAGE = {
     f"{name} {stop}": (stage, "", f"--dataset=tools.text_sweep:gate_{stop}")
@@ -162,7 +160,7 @@ def measure(stage, folder, seed):
 
 def run(part, name, seed, scratch):
     """-> a line of OUT/PART.jsonl. SFT and reward model of a seed are trained once. The levels of `coverage` share the reward
-    model, and so do policies that start from SFT on the chosen responses."""
+    model."""
     stage, flags, sft_flags, rm_flags = (*PARTS[part][name], "", "")[:4]
     home, began = scratch / str(seed), time.perf_counter()
     base = train("sft", home / "base", seed, "")
