@@ -5,11 +5,14 @@
 NAME is one of TABLES below. A test fails where a table is older than its file.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
 from statistics import mean
 
+import toy_env
+from tools import toy_sweep
 from tools.report import spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +20,7 @@ PAGES = ("README.md", "docs/results.md")
 GPU = {"1b_r64": "1B, 64", "2.8b_r64": "2.8B, 64", "2.8b_r64_compile": "2.8B, 64, `--compile`"}
 GPU |= {"2.8b_r1024": "2.8B, 1024 (the paper's)", "6.9b_r64": "6.9B, 64"}
 PHASES = ("rollout", "score", "update")
+AGAIN = {"one thread": "text", "two threads": "two_threads", "another processor, one thread": "other_processor"}
 
 
 def read(path):
@@ -116,17 +120,23 @@ def coverage():
     return table(rows)
 
 
-def two_threads():
-    """The verdict of each seed on one thread and on two."""
-    one, two = read("text/table.json"), read("two_threads/table.json")
-    rows = [["method", "found, one thread", "two threads", "differ", "win rate − PPO, one thread", "two threads"]]
-    for name in two:
-        sides = [{seed: full >= 0.5 for seed, full in zip(of[name]["seeds"], of[name]["full"]["values"])} for of in (one, two)]
-        found = [f"{sum(side[seed] for seed in sides[1])}/{len(sides[1])}" for side in sides]
-        differ = ", ".join(str(seed) for seed in sides[1] if sides[0][seed] != sides[1][seed]) or "none"
-        gaps = [of[name].get("win_rate minus PPO") for of in (one, two)]
-        rows.append([name, *found, differ, *(f"{gap['mean']:+.3f} {interval(gap)}" if gap else "" for gap in gaps)])
+def replications():
+    """PPO and DR-PO on the same seeds with other rounding: on two threads, and on another processor."""
+    rows = [["", "PPO: found", "DR-PO: found", "win rate, DR-PO − PPO", "seeds that end the other way"]]
+    for title, folder in AGAIN.items():
+        of, cells, differ = read(f"{folder}/table.json"), [title], []
+        for name in ("PPO", "DR-PO"):
+            found, first = [found_by(one, name) for one in (of, read("text/table.json"))]
+            cells.append(f"{len(found)}/{len(of[name]['seeds'])}")
+            differ += [f"{name} {seed}" for seed in sorted(found ^ first)]
+        gap = of["DR-PO"]["win_rate minus PPO"]
+        rows.append([*cells, f"{gap['mean']:+.3f} {interval(gap)}", ", ".join(differ)])
     return table(rows)
+
+
+def found_by(of, name):
+    """The seeds on which a run found the full summary."""
+    return {seed for seed, full in zip(of[name]["seeds"], of[name]["full"]["values"]) if full >= 0.5}
 
 
 def values(of, name, key):
@@ -172,6 +182,31 @@ def car():
     return table(rows)
 
 
+def lock(part):
+    """A part of tools.toy_sweep, as in its sweep.md."""
+    return toy_sweep.table(toy_sweep.by_name(read("toy/sweep.json"), part), toy_sweep.PARTS[part][1]).rstrip()
+
+
+def growth():
+    """The lock at several H: seeds solved, and the episodes that they took."""
+    lines = toy_sweep.by_name(read("toy/sweep.json"), "growth")
+    heights = sorted({runs[0]["H"] for runs in lines.values()})
+    rows = [["", *(f"H = {H}" for H in heights)]]
+    for name in dict.fromkeys(line.rpartition(", H = ")[0] for line in lines):
+        found = [toy_env.summary(lines[f"{name}, H = {H}"]) for H in heights]
+        rows.append([name, *(f"{solved}: {episodes}" for solved, episodes, _ in found)])
+    return table(rows)
+
+
+def lock_beta_lambda():
+    """The lock: seeds solved within the budget, by beta and KL coefficient."""
+    lines = toy_sweep.by_name(read("toy/sweep.json"), "beta_lambda")
+    cells = {(runs[0]["beta"], runs[0]["kl_coef"]): toy_env.summary(runs)[0] for runs in lines.values()}
+    betas, coefficients = [sorted({key[i] for key in cells}) for i in (0, 1)]
+    rows = [["solved", *(f"KL coefficient {kl:g}" for kl in coefficients)]]
+    return table(rows + [[f"β = {beta:g}", *(cells[beta, kl] for kl in coefficients)] for beta in betas])
+
+
 def deep_sea():
     rows = [["method", "solved", "episodes until solved", "last value"]]
     return table(rows + [[name, *of.values()] for name, of in read("deep_sea/table.json").items()])
@@ -185,7 +220,9 @@ OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.25", "DR-PO, b
 OTHERS += ("DR-PO, beta 1", "DR-PO, beta 1, 0..n")
 TABLES = {"critic": critic, "gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
 TABLES |= {"car": car, "deep sea": deep_sea, "coverage": coverage, "models": models}
-TABLES |= {"beta lambda": beta_lambda, "two threads": two_threads}
+TABLES |= {"beta lambda": beta_lambda, "replications": replications}
+TABLES |= {"growth": growth, "lock beta lambda": lock_beta_lambda}
+TABLES |= {f"lock {part}": functools.partial(lock, part) for part in ("beta", "pairs", "locks")}
 TABLES |= {
     "budget": lambda: text("table", BUDGET),
     "text": lambda: text("table", MAIN),
