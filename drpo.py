@@ -77,7 +77,7 @@ class Settings:
     compile: bool = HfArg(default=False, help="torch.compile of the layers: minutes at the start, then faster on a GPU")
     save_every: int = HfArg(default=100, help="updates between checkpoints")
     eval_samples: int = HfArg(default=600, help="held-out prompts that the methods are compared on")
-    eval_every: int = HfArg(default=10, help="updates of ppo and drpo between evaluations on 100 held-out prompts; 0: none")
+    eval_every: int = HfArg(default=10, help="updates of ppo and drpo between looks at 100 held-out prompts, judged; 0: none")
     eval_temperature: float = HfArg(default=0.01, help="sampling temperature of the evaluation")
     judge: str = HfArg(default="rm", help="rm (not independent: it was optimised), rm:RUN_DIR or module:function")
     seed: int = HfArg(default=0, help="seed of all randomness")
@@ -89,7 +89,7 @@ class Settings:
     query_length: int = HfArg(default=512, help="tokens of a prompt; a longer post loses its last lines")
     response_length: int = HfArg(default=53, help="tokens of a response, EOS included, in SFT and rollouts")
     preference_length: int = HfArg(default=169, help="tokens of a response, EOS included, in a preference pair")
-    max_grad_norm: float = HfArg(default=0.0, help="clip the gradient (of policy and critic together) to this norm; 0: never")
+    max_grad_norm: float = HfArg(default=0.0, help="clip the gradient of all that a stage trains to this norm; 0: never")
     supervised_lora_r: int = HfArg(default=0, help="LoRA rank in SFT and reward model; 0 trains all weights, as the paper does")
     sft_steps: int = HfArg(default=0, help="updates of SFT; 0: one epoch")
     sft_lr: float = HfArg(default=3e-6, help="learning rate of SFT, linear to 0")
@@ -373,7 +373,7 @@ def states_before(body, batch, mask):  # -> (n, d): the states that the masked r
     return states[row, batch["query_len"][row] - 1 + t].float()
 
 
-def logits_of(head, states, temperature):  # (n, d) -> (n, V) float32, to sample and to score. In SFT and DPO: temperature 1
+def logits_of(head, states, temperature):  # (n, d) -> (n, V), a product in s.dtype, then float32. SFT, DPO: temperature 1
     bias = None if head.bias is None else head.bias / temperature
     return F.linear((states / temperature).to(head.weight.dtype), head.weight, bias).float()
 
@@ -551,7 +551,7 @@ def precision(s):  # of matrix products; log-softmax, losses, values, trained we
 
 
 def training(stage, updates, lr, modules, s):
-    """Yields (update, optimizer, metrics) for each update still to do. Draws depend on seed and update: resuming is exact."""
+    """Yields (update, optimizer, metrics to fill in) per update to do. Draws depend on seed and update: resuming is exact."""
     params, asked = {name: p for name, p in modules.named_parameters() if p.requires_grad}, []
     optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)  # as C
     folder, done, is_first = Path(s.run_dir) / stage, 0, world()[0] == 0
@@ -561,7 +561,7 @@ def training(stage, updates, lr, modules, s):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
             modules.load_state_dict(modules.state_dict() | saved["params"])
             optimizer.load_state_dict(optimizer.state_dict() | {"state": dict(enumerate(saved["moments"]))})
-            done = saved["update"]
+            done, saved = saved["update"], None  # gigabytes
     lines = re.finditer(r'\{"update": (\d+),.*\n', log.read_text() if log.exists() else "")
     log.write_text("".join(line[0] for line in lines if int(line[1]) <= done))
     with contextlib.ExitStack() as handlers:
@@ -577,7 +577,7 @@ def training(stage, updates, lr, modules, s):
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
             stopping = summed(torch.tensor(len(asked))).item() > 0
-            if (update + 1) % s.save_every == 0 or update + 1 == updates or stopping:
+            if is_first and ((update + 1) % s.save_every == 0 or update + 1 == updates or stopping):
                 moments = [{k: x.cpu() for k, x in optimizer.state[p].items()} for p in params.values()]
                 weights = {name: p.detach().cpu() for name, p in params.items()}
                 save_whole({"params": weights, "moments": moments, "update": update + 1}, checkpoint)
@@ -664,7 +664,7 @@ def train_rm(s):  # Alg. 1, line 1: the SFT network with a scalar head read at t
     model = load_network(start, s, AutoModelForSequenceClassification, not s.supervised_lora_r, num_labels=1)
     weight = torch.randn(model.score.weight.shape, generator=generator(s.seed, "rm head"))
     head = scalar_head(weight.to(s.device) / math.sqrt(weight.shape[1] + 1))  # N+ detail 11
-    head.weight.requires_grad_(True)  # not the bias: the loss sees differences only
+    head.weight.requires_grad_(True)  # not the bias: Eq. (1) sees differences only
     backbone = add_lora(model.base_model, s.supervised_lora_r, s.seed, "rm") if s.supervised_lora_r else model.base_model
 
     def loss_of(part):
@@ -734,7 +734,7 @@ def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer
 
 def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1, lines 3 to 6 -> metrics, all floats
     B, T, is_gae, laps = s.batch_size, s.response_length, s.advantages == "gae", [lap(s)]
-    tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats: above rounding, below any mistake
+    tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats: above what rounding does
     batch = reset_rollouts(roles, rows, update, tokenizer, s)  # lines 3 and 4
     has_eos, mask = batch["has_eos"], token_mask(batch["reset_len"], batch["response_len"], T)
     laps.append(lap(s))
@@ -861,7 +861,7 @@ def rate(network, sft, reward_model, judge, rows, s, tokenizer):  # -> {figure: 
         gap = scores_of(judge, responses) - measure(functools.partial(end_scores, *judge), responses=None)
         wins = ((torch.sign(gap) + 1) / 2).tolist()
     else:
-        wins = list(judge([row["prompt"] for row in rows], texts, [row["reference"] for row in rows]))
+        wins = [p if p is None else float(p) for p in judge([x["prompt"] for x in rows], texts, [x["reference"] for x in rows])]
     columns = {"response": texts, "win_rate": wins, "rm_score": scores_of(reward_model, responses).tolist()}
     log_pi, log_sft = [measure(lambda x: sequence_logprobs(n, x, s.temperature), responses=warm) for n in (network, sft)]
     columns |= {"kl": (log_pi - log_sft).tolist(), "kl_rm_score": scores_of(reward_model, warm).tolist()}
@@ -870,9 +870,9 @@ def rate(network, sft, reward_model, judge, rows, s, tokenizer):  # -> {figure: 
 
 def evaluate(s):  # -> samples.jsonl, report.json: win rate over references (tie: 0.5), RM score, KL, ROUGE, length, EOS rate
     run, tokenizer = Path(s.run_dir), load(AutoTokenizer, f"{s.run_dir}/sft", s)
-    rows = few(load_rows(s.dataset, "reference", s.seed)[1], s.eval_samples, s, "eval")
     sft, reward_model, done = load_network(f"{run}/sft", s), load_reward(run / "rm", s), results(run)
     judge, uses = find_judge(s, tokenizer, reward_model), {x: json.loads((run / x / "settings.json").read_text()) for x in done}
+    rows = few(load_rows(s.dataset, "reference", seed := uses["sft"]["seed"])[1], s.eval_samples, s, "eval")  # of its split
     for method, other in ((x, y) for x in USES if x in done for y in NEEDS[x] if uses[x][y] != done[y]["seconds"]):
         stop(f"{run / method} was trained on another {run / other}: delete it, and train it anew")
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
@@ -886,7 +886,7 @@ def evaluate(s):  # -> samples.jsonl, report.json: win rate over references (tie
         for row, *values in zip(samples, *columns.values(), strict=True):
             row[method] = dict(zip(columns, values))
     if world()[0] == 0:
-        seen = {row["prompt"] for row in load_rows(s.preference_dataset, "pairs", s.seed)[0]}
+        seen = {row["prompt"] for row in load_rows(s.preference_dataset, "pairs", seed)[0]}
         print(f"eval: {sum(row['prompt'] in seen for row in rows)} of {len(rows)} prompts also stand in the preference data")
         write_report(run, samples, dataclasses.asdict(s), s.judge)
 
@@ -923,7 +923,7 @@ def inputs(stage, s):  # -> {name: value}: all that the stage depends on; stops 
         new |= {name: value} if block in USES.get(stage, "").split() else {}
     for name, kind in [("dataset", "reference"), ("preference_dataset", "pairs")][: 1 if stage == "sft" else 2]:
         new[f"rows of {name}"] = hashlib.sha256(repr(load_rows(getattr(s, name), kind, s.seed)).encode()).hexdigest()[:16]
-    new |= {x: done[x]["seconds"] for x in NEEDS[stage] if x in done}  # seconds: a fingerprint of that run
+    new |= {x: done[x]["seconds"] if x in done else None for x in NEEDS[stage]}  # a fingerprint of that run; None: yet to come
     new |= {x.name: x.stat().st_mtime for x in Path({"sft": s.model, "rm": s.rm_model}.get(stage) or "-").glob("*.safetensors")}
     begun = path.exists() and (stage in done or path.with_name("checkpoint.pt").exists())
     old = json.loads(path.read_text()) if begun else new
@@ -939,9 +939,9 @@ def preflight(stages, s):  # what a later stage needs is tried before the first 
         transformers.AutoConfig.from_pretrained(s.rm_model) if "rm" in stages and s.rm_model else None
     for i, stage in enumerate(stages):
         for needed in (x for x in NEEDS[stage] if x not in [*stages[:i], *results(s.run_dir)]):
-            stop(f"{stage} needs {s.run_dir}/{needed}; make it with: python drpo.py {needed} --run_dir {s.run_dir}")
+            stop(f"{stage} needs {s.run_dir}/{needed}; train {needed} first, with the same --preset, --run_dir and settings")
         inputs(stage, s)
-    if {"ppo", "drpo", "eval"} & {*stages} and (judge := find_judge(s)):  # asked about one row, it costs nothing to know now
+    if {"ppo", "drpo", "eval"} & {*stages} and (judge := find_judge(s)):  # a function, tried on one row
         row = load_rows(s.dataset, "reference", s.seed)[1][0]
         with blame(f"--judge {s.judge}"):
             (_,) = judge([row["prompt"]], [row["reference"]], [row["reference"]])  # as many verdicts as pairs

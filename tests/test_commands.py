@@ -112,8 +112,8 @@ nosuchstage | --nosuchflag | --preset nope | --lr abc | --lr | --lr nan | --lr 2
 --preference_dataset nowhere.jsonl: nowhere.jsonl | --preference_dataset conftest:posts: conftest:posts row 0: chosen
 --model {shelf}/nosuchmodel: nosuchmodel | --model {shelf}/adapter: adapter | --judge toy_text:nosuchjudge: nosuchjudge
 --judge toy_text:gold_judge: --judge toy_text:gold_judge no post of | --preference_length 30: 32 positions for 38
---tokenizer test_commands:large_tokenizer: 8 tokens for 9 | rm: rm needs run/sft drpo.py | dpo: dpo needs run/sft drpo.py
-drpo --run_dir {shelf}/only_sft: drpo needs only_sft/rm drpo.py | eval --run_dir {shelf}/only_sft: eval needs only_sft/rm
+--tokenizer test_commands:large_tokenizer: 8 tokens for 9 | rm: rm needs run/sft first | dpo: dpo needs run/sft first
+drpo --run_dir {shelf}/only_sft: drpo needs only_sft/rm first | eval --run_dir {shelf}/only_sft: eval needs only_sft/rm
 drpo --run_dir {shelf}/sft_twice: sft_twice/rm is not a reward model
 eval --run_dir {shelf}/done --preference_dataset nowhere.jsonl: nowhere.jsonl"""
 

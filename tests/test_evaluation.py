@@ -91,6 +91,13 @@ def test_the_prompts_are_a_seeded_sample_of_the_held_out_rows(small_run, copy):
     assert sorted(row["prompt"] for row in other) == sorted(everything) != [row["prompt"] for row in other]
 
 
+def test_another_seed_evaluates_no_training_prompts(copy, monkeypatch):
+    seeds, load_rows = set(), drpo.load_rows
+    monkeypatch.setattr(drpo, "load_rows", lambda source, kind, seed: seeds.add(seed) or load_rows(source, kind, seed))
+    evaluated(copy, "--seed", "1")
+    assert seeds == {0}  # the split is that of training
+
+
 def test_only_finished_methods_are_evaluated(copy):
     shutil.rmtree(copy / "dpo")
     (copy / "ppo" / "result.json").unlink()

@@ -173,6 +173,7 @@ CHANGED = {  # command: words of the line
     "sft --dataset conftest:pairs": ["dataset was conftest:posts, is"],
     "drpo rows": ["rows of dataset was"],
     "drpo retrained": ["rm was"],
+    "all without sft": ["sft was", "is None"],  # before sft is trained anew
     "all --kl_coef 0.2": ["kl_coef was 0.1, is 0.2"],  # before dpo, which is not finished, is trained
 }
 
@@ -189,6 +190,8 @@ def test_changed_inputs_are_refused_by_name(small_run, tmp_path, one_line, monke
         monkeypatch.setattr(drpo, "load_rows", drpo.load_rows.__wrapped__)  # not from its cache
     if flags == ["retrained"]:
         (run / "rm" / "result.json").write_text('{"seconds": 1.5}')
+    if flags == ["without", "sft"]:
+        shutil.rmtree(run / "sft")
     before, flags = contents(run), flags if "--" in change else []
     line = one_line([stage, *SMALL, *flags, "--run_dir", run])
     assert all(word in line for word in ["delete", *CHANGED[change]]) and contents(run) == before, line

@@ -265,8 +265,8 @@ def draw_log(ax, folders, stage, key, against_tokens=False):
 
 
 def draw_curves(folders, tables):
-    """Held-out prompts, from the bare prompt, while PPO and DR-PO train: mean and min-max band over the folders; SFT and DPO
-    as lines. Without a verdict the win rate gives way to the share of responses that end."""
+    """Held-out prompts, from the bare prompt, while PPO and DR-PO train: the mean, and a thin line for each folder; SFT and
+    DPO as they ended. Without a verdict the win rate gives way to the share of responses that end."""
     figure, axes = new_figure(2, 2, (10, 7.5))
     judged = any(figures["win_rate"] is not None for each in tables for figures in each.values())
     first = CURVES[0] if judged else ("eos_rate", "Responses that end with EOS", "share")
@@ -278,13 +278,13 @@ def draw_curves(folders, tables):
             values = np.array([[log[update] for update in updates] for log in logs]).reshape(len(logs), len(updates))
             if updates:
                 ax.plot(updates, values.mean(0), "o-", markersize=4, color=COLOURS[stage], label=label(stage))
-                ax.fill_between(updates, values.min(0), values.max(0), color=COLOURS[stage], alpha=0.2, linewidth=0)
+                ax.plot(updates, values.T, color=COLOURS[stage], alpha=0.4, linewidth=0.8)
         for name, style in (("sft", "--"), ("dpo", "-.")):
             if of := spread([each[name][key] for each in tables if name in each]):
                 ax.axhline(of["mean"], color=COLOURS[name], linestyle=style, label=label(name))
         ax.set(title=title, xlabel="update", ylabel=unit, **{"ylim": (-0.03, 1.03)} if unit == "share" else {})
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    over = f"; mean and range over {len(folders)} seeds" if len(folders) > 1 else ""
+    over = f"; means over {len(folders)} seeds, thin lines: each seed" if len(folders) > 1 else ""
     figure.suptitle(f"Held-out prompts, responses from the bare prompt{over}", fontsize=11)
     return figure
 
