@@ -2,7 +2,7 @@
 
     python toy_env.py [--seeds 200 201 202]   H = 20, three seeds: a table, eight verdicts and a figure, in less than a minute
     python toy_env.py --quick                 the claim itself: PPO and DR-PO on one seed, in seconds
-    python toy_env.py --full                  the sweep over H, beta, lambda, pairs and locks (tools/toy_sweep.py), an hour
+    python toy_env.py --full                  the sweep over H, beta, lambda, pairs and locks (tools/toy_sweep.py), hours
 
 `a*` is the one good action of A in a layer, `x` a wrong one. There are H layers, and the best return is 1:
 
@@ -411,7 +411,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="The detour lock: where dataset resets matter. Without a flag: a minute.")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="PPO and DR-PO on one seed, in seconds")
-    mode.add_argument("--full", action="store_true", help="the sweep of tools/toy_sweep.py, about an hour; resumes")
+    mode.add_argument("--full", action="store_true", help="the sweep of tools/toy_sweep.py, hours; resumes")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 100 101 102; --quick: 100; --full: 100 ... 109")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for the results (default: %(default)s)")
     parser.error = lambda message: parser.exit(2, f"toy_env.py: {message}\n")

@@ -1,6 +1,6 @@
 """The detour lock over H, beta, lambda, labelled pairs and other locks: tables without verdicts.
 
-    python toy_env.py --full [--seeds 100 101 ...] [--out DIR]       the sweep on ten seeds: about an hour on two cores
+    python toy_env.py --full [--seeds 100 101 ...] [--out DIR]       the sweep on ten seeds: hours on two cores
     python -m tools.toy_sweep --tune [--seeds 0 1] [--out DIR]       PPO's own grid, on seeds that are not reported
 
 Writes DIR/sweep.json, sweep.md and growth.png; with --tune DIR/tuning.json and tuning.md. Each run is appended to
@@ -158,7 +158,7 @@ def table(lines, extra=()):
 
 def draw_growth(results, path):
     """Episodes until solved against H: a dot per seed, hollow at the end of the budget where it was not solved."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     ax = figure.subplots()
     for place, row in enumerate(GROWTH):
         for run in [run for run in results if run["part"] == "growth" and run["name"].startswith(f"{row}, H")]:
@@ -167,7 +167,7 @@ def draw_growth(results, path):
         ax.plot([], [], "o", color=COLOURS[row], label=row)
     ax.plot([], [], "o", color="grey", mfc="white", label="not solved within the budget")
     ax.set(xlabel="H", ylabel="episodes until solved", yscale="log", xticks=(10, 20, 30, 40))
-    ax.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=150)
 
 
