@@ -1,6 +1,6 @@
 """The detour lock: an MDP of tables on which the claim of DR-PO can be checked exactly.
 
-    python toy_env.py [--seeds 200 201 202]   H = 20, three seeds: a table, eight verdicts and a figure, in less than a minute
+    python toy_env.py [--seeds 200 201 202]   H = 20, three seeds: a table, eight verdicts and a figure, in a minute or two
     python toy_env.py --quick                 the claim itself: PPO and DR-PO on one seed, in seconds
     python toy_env.py --full                  the sweep over H, beta, lambda, pairs and locks (tools/toy_sweep.py), hours
 
@@ -408,7 +408,7 @@ def draw(by_row, path):
 
 def main(argv=None):
     """Exit status 0, or 1 if a claim does not hold."""
-    parser = argparse.ArgumentParser(description="The detour lock: where dataset resets matter. Without a flag: a minute.")
+    parser = argparse.ArgumentParser(description="The detour lock: where dataset resets matter. Without a flag: minutes.")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="PPO and DR-PO on one seed, in seconds")
     mode.add_argument("--full", action="store_true", help="the sweep of tools/toy_sweep.py, hours; resumes")
