@@ -12,7 +12,7 @@ def no_resets(n, N):
 
 
 def test_a_reset_replays_the_prefix_and_then_follows_the_policy():
-    envs, actions = [deep_sea.DeepSea(4, mapping_seed=0) for _ in range(3)], torch.tensor([[0, 1, 1, 0]]).repeat(3, 1)
+    envs, actions = deep_sea.deep_seas(3, 4, 0), torch.tensor([[0, 1, 1, 0]]).repeat(3, 1)
     right = torch.tensor(envs[0]._action_mapping)
     columns, taken, rewards = deep_sea.play(envs, torch.tensor([0, 2, 4]), actions, lambda h, column: right[h, column])
     assert columns[0].tolist() == [0, 1, 2, 3] and rewards[0].sum().item() == pytest.approx(0.99)  # right to the goal
@@ -22,7 +22,7 @@ def test_a_reset_replays_the_prefix_and_then_follows_the_policy():
 
 def test_the_exact_value_is_the_mean_return_in_bsuite():
     policy, rng = torch.rand(5, 5, 2, generator=torch.Generator().manual_seed(0)).softmax(-1), torch.Generator().manual_seed(1)
-    envs = [deep_sea.DeepSea(5, mapping_seed=3) for _ in range(4000)]
+    envs = deep_sea.deep_seas(4000, 5, 3)
     right = torch.tensor(envs[0]._action_mapping)
     policy = policy + 2 * torch.nn.functional.one_hot(right, 2)  # so that some reach the goal
     policy = policy / policy.sum(-1, keepdim=True)

@@ -1,11 +1,25 @@
-"""The sweep over the toy corpus, and the tables that README and docs take from results/."""
+"""Experiments of many runs, the sweep over the toy corpus, and the tables that README and docs take from results/."""
 
 import pytest
 import torch
 
 import drpo
 import toy_text
-from tools import tables, text_sweep
+from tools import experiment, tables, text_sweep
+
+
+def square(task):
+    return {"square": task["x"] ** 2}
+
+
+def test_an_experiment_resumes_what_is_missing(tmp_path):
+    path, groups = tmp_path / "out" / "runs.jsonl", [[{"x": 1, "kind": {"a": []}}, {"x": 2}], [{"x": 3}]]
+    path.parent.mkdir()
+    path.write_text('{"x": 5, "square": 25}\n{"x": 2, "square": "kept"}\n{"x": 3, "squ')  # the last was cut off
+    runs = experiment.carry_out(square, groups, path, jobs=2)
+    assert [run["square"] for run in runs] == [1, "kept", 9]
+    assert len(path.read_text().splitlines()) == 5
+    assert sorted(run["x"] for run in experiment.read(path)) == [1, 2, 3, 5]
 
 
 @pytest.mark.parametrize("part", text_sweep.PARTS)
@@ -41,7 +55,7 @@ def test_a_run_has_found_the_summary_at_one_half():
         return {"run": name, "seed": seed, "full": full, "win_rate": win, **zeros}
 
     lines = [line("PPO", 1, 0.0, 0.2), line("PPO", 2, 0.49, 0.4), line("DR-PO", 1, 0.5, 0.6), line("DR-PO", 2, 0.9, 0.7)]
-    _, results = text_sweep.summarise("table", {(x["run"], x["seed"]): x for x in lines})
+    results = text_sweep.summarise("table", {(x["run"], x["seed"]): x for x in lines})
     assert [results[name]["found"] for name in ("PPO", "DR-PO")] == [0, 2]
     assert results["DR-PO"]["found_ci95"] == pytest.approx([0.025**0.5, 1.0], abs=1e-6)  # p^2 = 0.025
     gap = results["DR-PO"]["win_rate minus PPO"]  # 0.4 and 0.3: mean 0.35, sd 0.0707, t = 12.706

@@ -206,19 +206,14 @@ def test_the_quick_demo_shows_the_claim_on_one_seed(tmp_path):
     assert (tmp_path / "toy.png").stat().st_size > 20_000
 
 
-def test_the_sweep_resumes_what_is_missing(tmp_path):
-    runs = [
+def test_a_sweep_makes_tables_of_all_parts(capsys):
+    plan = [
         {"part": "growth", "name": "DR-PO, H = 4", "seed": 0, "H": 4, "beta": 0.5, "budget": 2048},
         {"part": "pairs", "name": "100 pairs", "seed": 0, "H": 4, "beta": 0.5, "budget": 2048, "pairs": 100},
         {"part": "locks", "name": "PPO", "seed": 0, "H": 3, "beta": 0.0, "budget": 2048, "plain": {"A": 2, "keep": 0.9}},
     ]
-    path = tmp_path / "sweep.jsonl"
-    first = toy_sweep.carry_out(runs, path, map)
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([*lines[:-1], lines[-1][:40]]))  # cut off while writing
-    assert toy_sweep.carry_out(runs, path, map) == first
-    assert len(path.read_text().splitlines()) == len(lines) + 1
-    toy_sweep.write(first, tmp_path, "sweep")
-    assert json.loads((tmp_path / "sweep.json").read_text()) == first
-    assert "| DR-PO, H = 4 | " in (tmp_path / "sweep.md").read_text()
-    assert {"hacked_true", "best_learned"} <= first[1].keys() and first[2]["value"] > 0.5
+    results = [run | toy_sweep.execute(run) for run in plan]
+    toy_sweep.show(results)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines if "0/1" in line or "1/1" in line] == ["DR-PO, H = 4", "100 pairs", "PPO"]
+    assert {"hacked_true", "best_learned"} <= results[1].keys() and results[2]["value"] > 0.5

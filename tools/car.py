@@ -1,32 +1,31 @@
 """DR-PO beyond text: continuous control, gymnasium's MountainCarContinuous-v0. Needs `pip install gymnasium==1.4.0`.
 
-    python -m tools.car [--seeds 300 301 ...] [--rows NAME ...] [--jobs 1] [--out results/car]
+    python -m tools.car [--seeds 300 301 ...] [--rows NAME ...] [--jobs 1] [--out runs/car]
 
 A car in a valley must swing to get out: its engine is too weak to drive straight up. A step costs 0.1 a^2, arrival pays 100.
 The data comes from a driver who pushes with the motion 20 % of the time and brakes 80 %. It covers the way up, but few of its
 trajectories arrive. PPO and DR-PO start from its Gaussian clone pi_SFT, see the same reward, fitted to preferences, and differ
 in beta alone. A reset puts the car into a state of the data.
 
-Each run is appended to OUT/runs.jsonl when it is done, and the same command resumes with those that are missing there. Then
-come OUT/table.json and a table. "Solved": 100 episodes of the mean action in gymnasium return at least 90 on average, the
-threshold of gymnasium. Settings were searched, on other seeds, until DR-PO worked and PPO did not: an existence proof.
+Each run is a line of OUT/runs.jsonl when it is done, and the same command resumes with those that are missing. Then comes a
+table. "Solved": 100 episodes of the mean action in gymnasium return at least 90 on average, the threshold of gymnasium.
+Settings were searched, on other seeds, until DR-PO worked and PPO did not: an existence proof.
 """
 
 import argparse
 import copy
 import importlib.util
-import json
-import multiprocessing
 import time
 from collections import namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import nn
 
 import drpo
-from tools import report
+from tools import experiment, report
 
 # ---- 1. The car: gymnasium's equations for B cars at once. A state is a position and a velocity ------------------------------
 T, TIME, TRUE_REWARD = 200, torch.arange(200) / 200, torch.tensor([10.0, -0.1])  # steps; t / T of each; weights of `features`
@@ -204,21 +203,20 @@ def evaluate(policy, episodes=100):  # the mean action in gymnasium itself -> me
     return total / episodes, arrived / episodes
 
 
-def execute(task):  # (row, seed) -> a line of runs.jsonl
-    began, (name, seed) = time.perf_counter(), task
-    value, arrived = evaluate(learn(seed, **ROWS[name]))
-    return {"run": name, "seed": seed, "return": value, "arrived": arrived, "seconds": time.perf_counter() - began}
+def execute(task):  # {run, seed} -> figures of the run
+    began, policy = time.perf_counter(), learn(task["seed"], **ROWS[task["run"]])
+    value, arrived = evaluate(policy)
+    return {"return": value, "arrived": arrived, "seconds": time.perf_counter() - began}
 
 
-def summarise(lines):  # of runs.jsonl -> {row: its statistics over seeds}, a table for the terminal
-    results, rows = {}, [["", "solved", "95 %", "mean return", "min", "max"]]
+def cells(lines):  # of runs.jsonl -> rows for `report.table`, over the seeds
+    table = [["method", "solved", "mean return", "lowest", "highest"]]
     for name in [name for name in ROWS if any(line["run"] == name for line in lines)]:
-        seeds, returns = zip(*sorted((line["seed"], line["return"]) for line in lines if line["run"] == name))
-        solved, of = sum(value >= 90 for value in returns), report.spread(returns)
-        ci95, numbers = report.clopper_pearson(solved, len(seeds)), [f"{of[key]:.1f}" for key in ("mean", "min", "max")]
-        results[name] = {"seeds": seeds, "solved": solved, "solved_ci95": ci95, "return": of}
-        rows.append([name, f"{solved}/{len(seeds)}", "{:.2f}-{:.2f}".format(*ci95), *numbers])
-    return results, report.table(rows)
+        returns = [line["return"] for line in lines if line["run"] == name]
+        solved, n = sum(value >= 90 for value in returns), len(returns)
+        interval = report.bracket(report.clopper_pearson(solved, n), 2)
+        table.append([name, f"{solved}/{n} {interval}", *(f"{f(returns):.1f}" for f in (mean, min, max))])
+    return table
 
 
 def main(argv=None):
@@ -226,24 +224,13 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=range(300, 310), help="default: 300 ... 309")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="NAME", help=f"of {'; '.join(ROWS)}")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
-    parser.add_argument("--out", type=Path, default=Path("results/car"), help="folder for the results")
+    parser.add_argument("--out", type=Path, default=Path("runs/car"), help="folder for the results")
     parser.error = drpo.stop
     args = parser.parse_args(argv)
     if args.jobs < 1 or not importlib.util.find_spec("gymnasium"):
         drpo.stop("--jobs must be at least 1" if args.jobs < 1 else "needs gymnasium: pip install gymnasium==1.4.0")
-    with drpo.blame(f"--out {args.out}"):
-        args.out.mkdir(parents=True, exist_ok=True)
-        file = (args.out / "runs.jsonl").open("a+")
-        file.seek(0)
-        done = {(line["run"], line["seed"]): line for line in map(json.loads, file)}
-    tasks = [(row, seed) for seed in args.seeds for row in args.rows if (row, seed) not in done]
-    with file, multiprocessing.get_context("spawn").Pool(args.jobs, torch.set_num_threads, (1,)) as pool:
-        for line in pool.imap(execute, tasks):
-            done[line["run"], line["seed"]] = line
-            print(json.dumps(line), file=file, flush=True)
-    results, text = summarise(done.values())
-    (args.out / "table.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(text)
+    groups = [[{"run": row, "seed": seed}] for seed in args.seeds for row in args.rows]
+    print(report.table(cells(experiment.carry_out(execute, groups, args.out / "runs.jsonl", args.jobs))))
 
 
 if __name__ == "__main__":

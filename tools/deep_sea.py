@@ -1,6 +1,6 @@
 """bsuite's deep_sea, unmodified: DR-PO in which a reset is a replay of actions. Needs `pip install bsuite==0.3.6`.
 
-    python -m tools.deep_sea [--seeds 300 301 ...] [--sizes 10 20 30] [--out results/deep_sea]
+    python -m tools.deep_sea [--seeds 300 301 ...] [--sizes 10 20 30] [--out runs/deep_sea]
 
 A block falls through N rows. In each row an action moves it to the left or to the right; which does which differs from cell to
 cell. A move to the right costs 0.01 / N. N moves to the right reach the goal, +1, and nothing else does. bsuite cannot set a
@@ -8,24 +8,20 @@ state, so a reset plays the first actions of an offline trajectory again, as one
 
 Each trajectory of the data has an inclination p, uniform in [0, 1], and moves to the right with probability p. The behaviour
 policy knows what the actions do and nothing about the goal. The reward is a table, fitted to preferences by Eq. (1). A run is
-solved when the exact value of its policy passes 0.9. Each is appended to OUT/runs.jsonl; the same command resumes.
+solved when the exact value of its policy passes 0.9. Each is a line of OUT/runs.jsonl; the same command resumes.
 """
 
 import argparse
 import functools
-import json
-import multiprocessing
+import importlib.util
+from itertools import product
 from pathlib import Path
 
 import torch
 
 import drpo
 import toy_env
-
-try:
-    from bsuite.environments.deep_sea import DeepSea
-except ImportError as error:
-    drpo.stop(f"tools.deep_sea: {error}: pip install bsuite==0.3.6")
+from tools import experiment, report
 
 SOLVED, BUDGET, BATCH, TEMPERATURE = 0.9, 51_200, 256, 0.1  # value; episodes; per update; of the preferences
 ROWS = {  # the settings of `ppo`; with `clone` the policy starts as the clone of the data, otherwise uniform
@@ -34,6 +30,13 @@ ROWS = {  # the settings of `ppo`; with `clone` the policy starts as the clone o
     "PPO from the clone": {"beta": 0.0, "clone": True},
     "DR-PO from the clone": {"beta": 0.5, "clone": True},
 }
+
+
+def deep_seas(count, N, seed):
+    """`count` environments of bsuite, which is imported here: the tables need this module without it."""
+    from bsuite.environments.deep_sea import DeepSea
+
+    return [DeepSea(N, mapping_seed=seed) for _ in range(count)]
 
 
 def play(envs, reset_len, actions, act):
@@ -67,7 +70,7 @@ def value(policy, right):
 @functools.lru_cache(maxsize=1)
 def problem(N, seed, trajectories=10_000):
     """-> right (N, N), the data's columns and actions (trajectories, N), the clone and the learned reward (N, N, 2)."""
-    envs, rng = [DeepSea(N, mapping_seed=seed) for _ in range(trajectories)], drpo.generator(seed, "data")
+    envs, rng = deep_seas(trajectories, N, seed), drpo.generator(seed, "data")
     right, p = torch.tensor(envs[0]._action_mapping), torch.rand(trajectories, generator=rng)
     behaviour = lambda h, column: (right[h, column] + (torch.rand(trajectories, generator=rng) >= p)) % 2  # noqa: E731
     nothing = torch.zeros(trajectories, N, dtype=torch.long)
@@ -93,7 +96,7 @@ def problem(N, seed, trajectories=10_000):
 def ppo(N, seed, beta, clone=False, lr=0.05, epochs=8, cliprange=0.5, lam=0.95, entropy=0.01):
     """Algorithm 1 with PPO on tables; beta = 0 is PPO. -> {solved: episodes or None, value: the last, start: the first}."""
     right, _, data, sft, reward = problem(N, seed)
-    envs = [DeepSea(N, mapping_seed=seed) for _ in range(BATCH)]
+    envs = deep_seas(BATCH, N, seed)
     logits = (sft.log() if clone else torch.zeros(N, N, 2)).requires_grad_()
     values, start = torch.zeros(N * N, requires_grad=True), value(logits.detach().softmax(-1), right)
     optimizer = torch.optim.Adam([logits, values], lr, eps=1e-5)
@@ -124,9 +127,17 @@ def ppo(N, seed, beta, clone=False, lr=0.05, epochs=8, cliprange=0.5, lam=0.95, 
     return {"solved": None, "value": now, "start": start}
 
 
-def work(task):
-    row, N, seed = task
-    return {"row": row, "N": N, "seed": seed, **ppo(N, seed, **ROWS[row])}
+def execute(task):
+    return ppo(task["N"], task["seed"], **ROWS[task["row"]])
+
+
+def cells(lines):
+    """Lines of runs.jsonl -> rows for `report.table`, over the seeds."""
+    table = [["method", "solved", "episodes until solved", "last value"]]
+    for N, row in product(sorted({line["N"] for line in lines}), ROWS):
+        if mine := [line for line in lines if (line["row"], line["N"]) == (row, N)]:
+            table.append([f"{row}, N = {N}", *toy_env.summary(mine)])
+    return table
 
 
 def main(argv=None):
@@ -134,30 +145,15 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(300, 305)))
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 20, 30])
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("results/deep_sea"))
+    parser.add_argument("--out", type=Path, default=Path("runs/deep_sea"))
     parser.error = drpo.stop
     args = parser.parse_args(argv)
     if min(args.jobs, *args.sizes) < 1:
         drpo.stop("--jobs and --sizes: must be at least 1")
-    log = args.out / "runs.jsonl"
-    with drpo.blame(f"--out {args.out}"):
-        args.out.mkdir(parents=True, exist_ok=True)
-        runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(run["row"], run["N"], run["seed"]) for run in runs}
-    tasks = [(row, N, seed) for seed in args.seeds for N in args.sizes for row in ROWS if (row, N, seed) not in done]
-    with multiprocessing.get_context("spawn").Pool(args.jobs, torch.set_num_threads, (1,)) as pool, log.open("a") as file:
-        for run in pool.imap(work, tasks):
-            runs.append(run)
-            print(json.dumps(run), file=file, flush=True)
-    table = {}
-    print("| N | method | solved | episodes | last value |\n|---|---|---|---|---|")
-    for N in sorted({run["N"] for run in runs}):
-        for row in ROWS:
-            mine = [run for run in runs if (run["row"], run["N"]) == (row, N)]
-            solved, episodes, values = toy_env.summary(mine)
-            table[f"{row}, N = {N}"] = {"solved": solved, "episodes": episodes, "values": values}
-            print(f"| {N} | {row} | {solved} | {episodes} | {values} |")
-    (args.out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+    if not importlib.util.find_spec("bsuite"):
+        drpo.stop("needs bsuite: pip install bsuite==0.3.6")
+    groups = [[{"row": row, "N": N, "seed": seed}] for seed, N, row in product(args.seeds, args.sizes, ROWS)]
+    print(report.table(cells(experiment.carry_out(execute, groups, args.out / "runs.jsonl", args.jobs))))
 
 
 if __name__ == "__main__":

@@ -160,6 +160,7 @@ def figures_of(report, samples):
 
 def table(rows, markdown=False):
     """Rows of cells, the header first -> aligned columns for a terminal, or a Markdown table."""
+    rows = [[str(cell) for cell in row] for row in rows]
     if markdown:
         rows = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import mean
 
 import toy_env
-from tools import toy_sweep
-from tools.report import spread
+from tools import car, deep_sea, experiment, text_sweep, toy_sweep
+from tools.report import bracket, spread, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/results.md")
@@ -21,16 +21,11 @@ GPU = {"1b_r64": "1B, 64", "2.8b_r64": "2.8B, 64", "2.8b_r64_compile": "2.8B, 64
 GPU |= {"2.8b_r1024": "2.8B, 1024 (the paper's)", "6.9b_r64": "6.9B, 64"}
 PHASES = ("rollout", "score", "update")
 AGAIN = {"one thread": "text", "two threads": "two_threads", "another processor, one thread": "other_processor"}
+RESULTS = ROOT / "results"
 
 
 def read(path):
-    return json.loads((ROOT / "results" / path).read_text())
-
-
-def table(rows):
-    """Rows of cells, the first one the head -> a Markdown table."""
-    head, *rest = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
+    return json.loads((RESULTS / path).read_text())
 
 
 def seconds(method, batch):
@@ -48,7 +43,7 @@ def gpu():
         columns = [[f"{seconds(m, batch):.0f}" for m in both], [f"{m['hours']:.1f}" for m in both]]
         columns += [[f"{max(m['gb'] for m in both):.0f}"], [f"{m['mfu_update']:.0%}" for m in both]]
         rows.append([title, batch, *map(" / ".join, columns)])
-    return table(rows)
+    return rows
 
 
 def gpu_phases():
@@ -64,7 +59,7 @@ def gpu_phases():
             cells += [f"{decoding / 1e9:.0f} ({decoding / figures['copy_bytes']:.0%})"]
             file = f"[{title}](../results/bench/gpu_{name}.json)"
             rows.append([file, f"{batch}, {figures['settings']['micro_batch']}", method, *cells])
-    return table(rows)
+    return rows
 
 
 def peers():
@@ -73,7 +68,7 @@ def peers():
         steps = one["row-steps, ours at beta 0 and 1"]
         ratios = [b / a for a, b in (one["CPU s"], one["peak GB"], steps)]
         rows.append([f"Pythia-{size}", *(f"{ratio:.2f}" for ratio in ratios)])
-    return table(rows)
+    return rows
 
 
 def critic():
@@ -83,60 +78,51 @@ def critic():
         both = list(read(f"bench/cpu_14m_{name}.json")["methods"].values())
         cells = [" + ".join(f"{one[f'seconds_{phase}']:.2f}" for phase in PHASES) for one in both]
         rows.append([f"[`{name}`](../results/bench/cpu_14m_{name}.json)", *cells, f"{max(one['gb'] for one in both):.2f}"])
-    return table(rows)
+    return rows
 
 
-def interval(of, digits=3):
-    return "–" if not of.get("ci95") else f"[{of['ci95'][0]:.{digits}f}, {of['ci95'][1]:.{digits}f}]"
+def of_text(part, folder="text"):
+    """{run: its statistics} of a part of tools.text_sweep."""
+    return text_sweep.summarise(part, text_sweep.read(RESULTS / folder, part))
 
 
-def text(part, names=None, other="PPO"):
-    """A part of tools.text_sweep: mean and 95 % t-interval over seeds, exact intervals of shares."""
-    rows = [["method", "found", "share full", "win rate", f"win rate − {other}", "gold score", "RM score", "KL", "tokens"]]
-    for name, of in read(f"text/{part}.json").items():
-        if names is None or name in names:
-            low, high = of["found_ci95"]
-            found = f"{of['found']}/{of['win_rate']['n']} [{low:.2f}, {high:.2f}]"
-            gap = of.get(f"win_rate minus {other}")
-            cells = [f"{of['full']['mean']:.3f}", f"{of['win_rate']['mean']:.3f} {interval(of['win_rate'])}"]
-            cells.append(f"{gap['mean']:+.3f} {interval(gap)}" if gap and gap["ci95"] else "")
-            numbers = {key: f"{of[key]['mean']:.2f}" for key in ("gold", "rm_score", "kl", "tokens")}
-            numbers |= {"kl": ""} if name == "SFT on chosen" else {}  # that was to itself
-            rows.append([name, found, *cells, *numbers.values()])
-    return table(rows)
+def text(names):
+    """Runs of the part `table`: mean and 95 % t-interval over seeds, exact intervals of shares."""
+    return text_sweep.cells({name: of for name, of in of_text("table").items() if name in names})
+
+
+def gap(of):
+    return f"{of['mean']:+.3f} {bracket(of['ci95'], 3)}"
 
 
 def coverage():
     """Where resets help: PPO and DR-PO at each level of SFT's coverage, paired by seed."""
     rows = [["an SFT reference stops with", "P(full summary), SFT", "PPO: found", "share full", "DR-PO: found", "share full"]]
     rows[0].append("win rate, DR-PO − PPO")
-    of = read("text/coverage.json")
+    of = of_text("coverage", "text")
     for stop in sorted({name.rpartition(" ")[2] for name in of}):
         cells = [f"0.{stop}", f"{of[f'SFT {stop}']['coverage']['mean']:.1e}"]
         for one in (of[f"PPO {stop}"], of[f"DR-PO {stop}"]):
             cells += [f"{one['found']}/{one['full']['n']}", f"{one['full']['mean']:.2f}"]
-        gap = of[f"DR-PO {stop}"][f"win_rate minus PPO {stop}"]
-        rows.append([*cells, f"{gap['mean']:+.3f} {interval(gap)}"])
-    return table(rows)
+        rows.append([*cells, gap(of[f"DR-PO {stop}"][f"win_rate minus PPO {stop}"])])
+    return rows
 
 
 def replications():
-    """PPO and DR-PO on the same seeds with other rounding: on two threads, and on another processor."""
-    rows = [["", "PPO: found", "DR-PO: found", "win rate, DR-PO − PPO", "seeds that end the other way"]]
+    """The same seeds with other rounding: on two threads, and on another processor."""
+    others = ("PPO", "DPO", "SFT on chosen")
+    rows, first = [["", "PPO: found", "DR-PO: found", *(f"win rate, DR-PO − {other}" for other in others)]], {}
+    rows[0].append("seeds that end the other way")
     for title, folder in AGAIN.items():
-        of, cells, differ = read(f"{folder}/table.json"), [title], []
+        cells, differ, lines = [title], [], text_sweep.read(RESULTS / folder, "table")
         for name in ("PPO", "DR-PO"):
-            found, first = [found_by(one, name) for one in (of, read("text/table.json"))]
-            cells.append(f"{len(found)}/{len(of[name]['seeds'])}")
-            differ += [f"{name} {seed}" for seed in sorted(found ^ first)]
-        gap = of["DR-PO"]["win_rate minus PPO"]
-        rows.append([*cells, f"{gap['mean']:+.3f} {interval(gap)}", ", ".join(differ)])
-    return table(rows)
-
-
-def found_by(of, name):
-    """The seeds on which a run found the full summary."""
-    return {seed for seed, full in zip(of[name]["seeds"], of[name]["full"]["values"]) if full >= 0.5}
+            full = {seed: row["full"] >= 0.5 for (run, seed), row in sorted(lines.items()) if run == name}
+            cells.append(f"{sum(full.values())}/{len(full)}")
+            first.setdefault(name, full)
+            differ += [f"{name} {seed}" for seed in full if full[seed] != first[name][seed]]
+        gaps = [text_sweep.paired(lines, "DR-PO", other, "win_rate") for other in others]
+        rows.append([*cells, *(gap(of) if of else "" for of in gaps), ", ".join(differ)])
+    return rows
 
 
 def values(of, name, key):
@@ -153,63 +139,53 @@ def cell(of, name):
 
 def models():
     """Reward models of other sizes and of another architecture."""
-    of, rows = read("text/models.json"), [["reward model and critic", "RM accuracy", "PPO: found; win rate; KL", "DR-PO"]]
+    of, rows = of_text("models"), [["reward model and critic", "RM accuracy", "PPO: found; win rate; KL", "DR-PO"]]
     rows[0].append("win rate, DR-PO − PPO")
     for kind, title in RM.items():
         names = [f"{name}, RM {kind}" for name in ("PPO", "DR-PO")]
-        gap = spread([b - a for a, b in zip(*[values(of, name, "win_rate") for name in names])])
+        gaps = spread([b - a for a, b in zip(*[values(of, name, "win_rate") for name in names])])
         cells = [f"{mean(values(of, names[0], 'rm_accuracy')):.3f}", *(cell(of, name) for name in names)]
-        rows.append([title, *cells, f"{gap['mean']:+.3f} {interval(gap)}"])
-    return table(rows)
+        rows.append([title, *cells, gap(gaps)])
+    return rows
 
 
 def beta_lambda():
     """beta against the KL coefficient."""
-    of = read("text/beta_lambda.json")
+    of = of_text("beta_lambda")
     betas, coefficients = [sorted({float(name.split()[i].strip(",")) for name in of}) for i in (1, 3)]
     rows = [["found; win rate; KL", *(f"KL coefficient {kl:g}" for kl in coefficients)]]
     rows += [[f"β = {b:g}", *(cell(of, f"beta {b:g}, KL {kl:g}") for kl in coefficients)] for b in betas]
-    return table(rows)
+    return rows
 
 
-def car():
-    """The control task: solved with its exact interval, and the mean return over seeds."""
-    rows = [["method", "solved", "mean return", "lowest", "highest"]]
-    for name, of in read("car/table.json").items():
-        low, high = of["solved_ci95"]
-        numbers = [f"{of['return'][key]:.1f}" for key in ("mean", "min", "max")]
-        rows.append([name, f"{of['solved']}/{len(of['seeds'])} [{low:.2f}, {high:.2f}]", *numbers])
-    return table(rows)
+def of_lock(part):
+    """{name: its runs} of a part of tools.toy_sweep."""
+    return toy_sweep.by_name(experiment.read(RESULTS / "toy" / "sweep.jsonl"), part)
 
 
 def lock(part):
-    """A part of tools.toy_sweep, as in its sweep.md."""
-    return toy_sweep.table(toy_sweep.by_name(read("toy/sweep.json"), part), toy_sweep.PARTS[part][1]).rstrip()
+    """A part of tools.toy_sweep."""
+    return toy_sweep.cells(of_lock(part), toy_sweep.PARTS[part][1])
 
 
 def growth():
     """The lock at several H: seeds solved, and the episodes that they took."""
-    lines = toy_sweep.by_name(read("toy/sweep.json"), "growth")
+    lines = of_lock("growth")
     heights = sorted({runs[0]["H"] for runs in lines.values()})
     rows = [["", *(f"H = {H}" for H in heights)]]
     for name in dict.fromkeys(line.rpartition(", H = ")[0] for line in lines):
         found = [toy_env.summary(lines[f"{name}, H = {H}"]) for H in heights]
         rows.append([name, *(f"{solved}: {episodes}" for solved, episodes, _ in found)])
-    return table(rows)
+    return rows
 
 
 def lock_beta_lambda():
     """The lock: seeds solved within the budget, by beta and KL coefficient."""
-    lines = toy_sweep.by_name(read("toy/sweep.json"), "beta_lambda")
+    lines = of_lock("beta_lambda")
     cells = {(runs[0]["beta"], runs[0]["kl_coef"]): toy_env.summary(runs)[0] for runs in lines.values()}
     betas, coefficients = [sorted({key[i] for key in cells}) for i in (0, 1)]
     rows = [["solved", *(f"KL coefficient {kl:g}" for kl in coefficients)]]
-    return table(rows + [[f"β = {beta:g}", *(cells[beta, kl] for kl in coefficients)] for beta in betas])
-
-
-def deep_sea():
-    rows = [["method", "solved", "episodes until solved", "last value"]]
-    return table(rows + [[name, *of.values()] for name, of in read("deep_sea/table.json").items()])
+    return rows + [[f"β = {beta:g}", *(cells[beta, kl] for kl in coefficients)] for beta in betas]
 
 
 RM = {"quarter": "GPT-NeoX, a quarter of the policy's size", "same": "GPT-NeoX, the policy's size"}
@@ -219,21 +195,23 @@ BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates", "PPO, 3 x updates")
 OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.25", "DR-PO, beta 0.5")
 OTHERS += ("DR-PO, beta 1", "DR-PO, beta 1, 0..n")
 TABLES = {"critic": critic, "gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
-TABLES |= {"car": car, "deep sea": deep_sea, "coverage": coverage, "models": models}
+TABLES |= {"car": lambda: car.cells(experiment.read(RESULTS / "car" / "runs.jsonl"))}
+TABLES |= {"deep sea": lambda: deep_sea.cells(experiment.read(RESULTS / "deep_sea" / "runs.jsonl"))}
+TABLES |= {"coverage": coverage, "models": models}
 TABLES |= {"beta lambda": beta_lambda, "replications": replications}
 TABLES |= {"growth": growth, "lock beta lambda": lock_beta_lambda}
 TABLES |= {f"lock {part}": functools.partial(lock, part) for part in ("beta", "pairs", "locks")}
 TABLES |= {
-    "budget": lambda: text("table", BUDGET),
-    "text": lambda: text("table", MAIN),
-    "optimisers": lambda: text("table", OTHERS),
+    "budget": lambda: text(BUDGET),
+    "text": lambda: text(MAIN),
+    "optimisers": lambda: text(OTHERS),
 }
 
 
 def rewrite(page):
     """The text of a page -> the same with its tables made anew. Raises KeyError for a table that nobody makes."""
     pattern = re.compile(r"(<!-- table ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
-    return pattern.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", page)
+    return pattern.sub(lambda match: f"{match[1]}{table(TABLES[match[2]](), markdown=True)}\n{match[3]}", page)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The toy corpus over seeds: every method beside the baselines that a sceptic asks for.
 
-    python -m tools.text_sweep PART [--seeds 120 121 ...] [--runs NAME ...] [--jobs 2] [--threads 1] [--out results/text]
+    python -m tools.text_sweep PART [--seeds 120 121 ...] [--runs NAME ...] [--jobs 2] [--threads 1] [--out runs/text]
 
 PART   table         SFT, SFT on the chosen responses, DPO, PPO, RLOO, roll-in by SFT, DR-PO at several beta
        coverage      PPO and DR-PO where the SFT policy writes the full summary often, rarely, or never
@@ -9,9 +9,9 @@ PART   table         SFT, SFT on the chosen responses, DPO, PPO, RLOO, roll-in b
        unpenalised   DR-PO without a KL penalty for more and more updates: over-optimisation of the reward model
        tuning        learning rates and KL coefficients, on seeds that are not reported
 
-Each run is appended to OUT/PART.jsonl when it is done, and the same command resumes with those that are missing there. Then
-come OUT/PART.json, PART.md and, for `coverage` and `unpenalised`, PART.png. `full` is the share of responses that are full
-summaries, on 500 held-out posts at temperature 0.7. A run has found it if that is at least one half. Models stay in --scratch.
+Each run is a line of OUT/PART.jsonl when it is done, and the same command resumes with those that are missing. Then come a
+table and, for `coverage` and `unpenalised`, OUT/PART.png. `full` is the share of responses that are full summaries, on 500
+held-out posts at temperature 0.7. A run has found it if that is at least one half. Models stay in --scratch.
 """
 
 import argparse
@@ -21,10 +21,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import sys
 import time
 from pathlib import Path
 from statistics import mean
@@ -35,7 +32,8 @@ from matplotlib.figure import Figure
 
 import drpo
 import toy_text
-from tools.report import COLOURS, clopper_pearson, spread
+from tools import experiment, report
+from tools.report import COLOURS
 
 STOPS = (47, 56, 72, 80)  # the chance, in percent, that an SFT annotator stops after a clause; 65 elsewhere
 gate_47, gate_56, gate_72, gate_80 = [functools.partial(toy_text.gate, stop=stop / 100) for stop in STOPS]
@@ -158,11 +156,13 @@ def measure(stage, folder, seed):
     }
 
 
-def run(part, name, seed, scratch):
-    """-> a line of OUT/PART.jsonl. SFT and reward model of a seed are trained once. The levels of `coverage` share the reward
-    model."""
+def run(part, scratch, task):
+    """-> figures of a task, {run, seed}. SFT and reward model of a seed are trained once. The levels of `coverage` share the
+    reward model."""
+    transformers.logging.set_verbosity_error()
+    name, seed, began = task["run"], task["seed"], time.perf_counter()
     stage, flags, sft_flags, rm_flags = (*PARTS[part][name], "", "")[:4]
-    home, began = scratch / str(seed), time.perf_counter()
+    home = scratch / str(seed)
     base = train("sft", home / "base", seed, "")
     if rm_flags:  # a reward model of another kind starts from its own SFT
         kind = home / rm_flags.rpartition(":")[2]
@@ -181,18 +181,7 @@ def run(part, name, seed, scratch):
         train(stage, folder, seed, flags, sft=own, rm=reward)
     figures = measure(stage, folder, seed) | {"rm_accuracy": json.loads((reward / "result.json").read_text())["accuracy"]}
     shutil.rmtree(folder)
-    return {"run": name, "seed": seed, "seconds": time.perf_counter() - began} | figures
-
-
-def work(seed, part, names, scratch, out, threads):
-    """All runs of a seed that are not in OUT/PART.jsonl, one after another."""
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    for name in names:
-        line = json.dumps(run(part, name, seed, scratch)) + "\n"
-        with (out / f"{part}.jsonl").open("a") as file:
-            file.write(line)
-        print(line, end="", flush=True)
+    return {"seconds": time.perf_counter() - began} | figures
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,38 +190,43 @@ def work(seed, part, names, scratch, out, threads):
 
 def read(out, part):
     """-> {(run, seed): row} of OUT/PART.jsonl, and of OUT/table.jsonl where that has runs of PART under another name."""
-
-    def lines(name):
-        path = out / f"{name}.jsonl"
-        return map(json.loads, path.read_text().splitlines() if path.exists() else [])
-
-    rows = {(row["run"], row["seed"]): row for row in lines(part)}
+    rows = {(row["run"], row["seed"]): row for row in experiment.read(out / f"{part}.jsonl")}
     names = [(name, same) for name, same in SAME.items() if name in PARTS[part]]
-    return rows | {(name, row["seed"]): row for row in lines("table") for name, same in names if row["run"] == same}
+    table = experiment.read(out / "table.jsonl")
+    return rows | {(name, row["seed"]): row for row in table for name, same in names if row["run"] == same}
 
 
 def paired(rows, a, b, key):
     """Figures {(run, seed): row} -> the statistics of key in run a minus key in run b, over the seeds that have both."""
     seeds = sorted(seed for run, seed in rows if run == a and (b, seed) in rows)
-    return spread([rows[a, seed][key] - rows[b, seed][key] for seed in seeds])
+    return report.spread([rows[a, seed][key] - rows[b, seed][key] for seed in seeds])
 
 
 def summarise(part, rows):
-    """{(run, seed): row} -> the lines of a table, and {run: statistics}."""
-    results, lines = {}, ["| run | found | full | win rate | gold score | RM score | KL | tokens |", "|---" * 8 + "|"]
+    """{(run, seed): row} -> {run: {figure: its statistics over seeds, found, found_ci95, seeds, win_rate minus OTHER}}."""
+    results = {}
     for name in [name for name in PARTS[part] if any(run == name for run, _ in rows)]:
         mine = [row for (run, _), row in sorted(rows.items()) if run == name]
-        of = results[name] = {key: spread([row[key] for row in mine]) for key in mine[0] if key not in ("run", "seed")}
-        hits, n = sum(row["full"] >= 0.5 for row in mine), len(mine)
-        of |= {"seeds": [row["seed"] for row in mine], "found": hits, "found_ci95": clopper_pearson(hits, n)}
-        for other in ("PPO", "PPO, KL 0.3", "DPO", "SFT on chosen", name.replace("DR-PO", "PPO")):
+        of = results[name] = {key: report.spread([row[key] for row in mine]) for key in mine[0] if key not in ("run", "seed")}
+        hits = sum(row["full"] >= 0.5 for row in mine)
+        of |= {"seeds": [row["seed"] for row in mine], "found": hits, "found_ci95": report.clopper_pearson(hits, len(mine))}
+        for other in ("PPO", name.replace("DR-PO", "PPO")):
             if other != name and (gap := paired(rows, name, other, "win_rate")):
                 of[f"win_rate minus {other}"] = gap
-        found = f"{hits}/{n} [{of['found_ci95'][0]:.2f}, {of['found_ci95'][1]:.2f}]"
-        win = "{:.3f} ± {:.3f}".format(of["win_rate"]["mean"], of["win_rate"]["std"] or 0)
-        rest = " | ".join(f"{of[key]['mean']:.2f}" for key in ("gold", "rm_score", "kl", "tokens"))
-        lines.append(f"| {name} | {found} | {of['full']['mean']:.3f} | {win} | {rest} |")
-    return lines, results
+    return results
+
+
+def cells(results):
+    """What `summarise` gives -> rows for `report.table`."""
+    rows = [["method", "found", "share full", "win rate", "win rate − PPO", "gold score", "RM score", "KL", "tokens"]]
+    for name, of in results.items():
+        found, gap = f"{of['found']}/{len(of['seeds'])} {report.bracket(of['found_ci95'], 2)}", of.get("win_rate minus PPO")
+        win = f"{of['win_rate']['mean']:.3f} {report.bracket(of['win_rate']['ci95'], 3)}"
+        gap = f"{gap['mean']:+.3f} {report.bracket(gap['ci95'], 3)}" if gap and gap["ci95"] else ""
+        numbers = {key: f"{of[key]['mean']:.2f}" for key in ("gold", "rm_score", "kl", "tokens")}
+        numbers |= {"kl": ""} if name == "SFT on chosen" else {}  # that was to itself
+        rows.append([name, found, f"{of['full']['mean']:.3f}", win, gap, *numbers.values()])
+    return rows
 
 
 def draw_coverage(rows, path):
@@ -284,25 +278,19 @@ def main():
     parser.add_argument("--runs", nargs="+", help="only these; default: all of the part")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each")
-    parser.add_argument("--out", type=Path, default=Path("results/text"))
-    parser.add_argument("--scratch", type=Path, default=Path("runs/text_sweep"))
+    parser.add_argument("--out", type=Path, default=Path("runs/text"))
+    parser.add_argument("--scratch", type=Path, default=Path("runs/text/models"))
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    done, jobs = read(args.out, args.part), []
-    for seed in args.seeds:
-        if names := [name for name in args.runs or PARTS[args.part] if (name, seed) not in done]:
-            jobs.append((seed, args.part, names, args.scratch, args.out, args.threads))
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        pool.starmap(work, jobs, chunksize=1)
+    names = args.runs or PARTS[args.part]
+    done = read(args.out, args.part)  # with those of `table`
+    groups = [[{"run": name, "seed": seed} for name in names if (name, seed) not in done] for seed in args.seeds]
+    execute = functools.partial(run, args.part, args.scratch)
+    experiment.carry_out(execute, groups, args.out / f"{args.part}.jsonl", args.jobs, args.threads)
     rows = read(args.out, args.part)
-    lines, results = summarise(args.part, rows)
-    (args.out / f"{args.part}.json").write_text(json.dumps(results, indent=1))
-    (args.out / f"{args.part}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    print(report.table(cells(summarise(args.part, rows))))
     if args.part in FIGURES:
         FIGURES[args.part](rows, args.out / f"{args.part}.png")
 
 
 if __name__ == "__main__":
-    sys.path.append(os.getcwd())
     main()

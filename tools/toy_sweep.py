@@ -3,17 +3,13 @@
     python toy_env.py --full [--seeds 100 101 ...] [--out DIR]       the sweep on ten seeds: hours on two cores
     python -m tools.toy_sweep --tune [--seeds 0 1] [--out DIR]       PPO's own grid, on seeds that are not reported
 
-Writes DIR/sweep.json, sweep.md and growth.png; with --tune DIR/tuning.json and tuning.md. Each run is appended to
-DIR/sweep.jsonl (tuning.jsonl) when it is done, and the same command resumes with the runs that are missing there.
+Each run is a line of DIR/sweep.jsonl (tuning.jsonl) when it is done, and the same command resumes with those that are missing.
+Then come tables and DIR/growth.png.
 """
 
 import argparse
-import contextlib
 import functools
-import hashlib
-import json
 import math
-import multiprocessing
 import os
 from itertools import product
 from pathlib import Path
@@ -22,10 +18,10 @@ from statistics import mean, median
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import drpo
 import toy_env
+from tools import experiment, report
 
 PARTS = {  # title and further columns of each part's table
     "growth": ("Growth with H", ["mixture"]),
@@ -110,50 +106,27 @@ def execute(run):
     return result | (reward_error(run["seed"], run["H"], run["pairs"]) if run["part"] == "pairs" else {})
 
 
-def in_parallel(function, tasks):
-    """Yields function(task), in the order of the tasks: a process per core, a thread each."""
-    with multiprocessing.get_context("spawn").Pool(min(8, os.cpu_count()), torch.set_num_threads, (1,)) as pool:
-        yield from pool.imap(function, tasks)
-
-
-def carry_out(runs, path, imap=in_parallel):
-    """The runs with their results. Each is appended to `path` when done; what the same code left there is not done again."""
-    code = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (toy_env, drpo))).hexdigest()[:16]
-    done, text = {}, path.read_text() if path.exists() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):  # a line that was cut off
-            record = json.loads(line)
-            if record["code"] == code:
-                done[json.dumps(record["run"])] = record["result"]
-    missing = [run for run in runs if json.dumps(run) not in done]
-    with open(path, "a") as file:
-        file.write("\n" if text and not text.endswith("\n") else "")
-        for run, result in tqdm(zip(missing, imap(execute, missing)), total=len(missing), unit="run", disable=None):
-            file.write(json.dumps({"code": code, "run": run, "result": result}) + "\n")
-            file.flush()
-            done[json.dumps(run)] = result
-    return [{**run, **done[json.dumps(run)]} for run in runs]
+def carry_out(plan, path):
+    """The runs of a plan, with their results: lines of the file `path`. A process per core."""
+    return experiment.carry_out(execute, [[run] for run in plan], path, min(8, os.cpu_count()))
 
 
 # ---- 2. Tables and figures ---------------------------------------------------------------------------------------------------
 def by_name(results, part):
     """{name: its runs}, of one part."""
-    lines = {}
-    for run in results:
-        if run["part"] == part:
-            lines.setdefault(run["name"], []).append(run)
-    return lines
+    names = dict.fromkeys(run["name"] for run in results if run["part"] == part)
+    return {name: [run for run in results if (run["part"], run["name"]) == (part, name)] for name in names}
 
 
-def table(lines, extra=()):
-    """{name: its runs} -> a markdown table: solved seeds, median and range of the episodes, and means over the seeds."""
-    rows = [["", "solved", "median", "episodes", "value", *extra], ["---"] * (5 + len(extra))]
-    for name, runs in lines.items():
-        solved, episodes, _ = toy_env.summary(runs)
-        typical = median(math.inf if run["solved"] is None else run["solved"] for run in runs)
-        means = [f"{mean(run[key] for run in runs):.2f}" if key in runs[0] else "-" for key in ("value", *extra)]
+def cells(lines, extra=()):
+    """{name: its runs} -> rows for `report.table`: solved seeds, median and range of the episodes, and means over the seeds."""
+    rows = [["", "solved", "median", "episodes", "value", *extra]]
+    for name, mine in lines.items():
+        solved, episodes, _ = toy_env.summary(mine)
+        typical = median(math.inf if run["solved"] is None else run["solved"] for run in mine)
+        means = [f"{mean(run[key] for run in mine):.2f}" if key in mine[0] else "-" for key in ("value", *extra)]
         rows.append([name, solved, "-" if math.isinf(typical) else f"{typical / 1000:.0f}k", episodes, *means])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return rows
 
 
 def draw_growth(results, path):
@@ -171,25 +144,23 @@ def draw_growth(results, path):
     figure.savefig(path, dpi=150)
 
 
-def write(results, out, name):
-    """DIR/name.json and DIR/name.md: the results, and a table per part."""
-    (out / f"{name}.json").write_text("[" + ",\n".join(map(json.dumps, results)) + "]\n")
-    parts = [(title, by_name(results, part), extra) for part, (title, extra) in PARTS.items()]
-    page = "\n".join(f"## {title}\n\n{table(lines, extra)}" for title, lines, extra in parts if lines)
-    (out / f"{name}.md").write_text(page)
-    print(page)
+def show(results):
+    """Prints a table for each part."""
+    for part, (title, extra) in PARTS.items():
+        if lines := by_name(results, part):
+            print(f"\n{title}\n\n{report.table(cells(lines, extra))}")
 
 
 def sweep(seeds, out):
     """The whole sweep on these seeds -> exit status 0. Everything goes to the folder `out`."""
     results = carry_out(plan(list(seeds)), out / "sweep.jsonl")
     draw_growth(results, out / "growth.png")
-    write(results, out, "sweep")
+    show(results)
     return 0
 
 
-def score(runs):
-    return sum(run["solved"] is not None for run in runs), mean(run["value"] for run in runs)
+def score(mine):
+    return sum(run["solved"] is not None for run in mine), mean(run["value"] for run in mine)
 
 
 def main(argv=None):
@@ -200,15 +171,11 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for the results (default: %(default)s)")
     parser.error = lambda message: parser.exit(2, f"toy_sweep.py: {message}\n")
     args = parser.parse_args(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {args.out}: cannot be written to: {error.strerror}")
     if not args.tune:
         return sweep(args.seeds or range(100, 110), args.out)
     results = carry_out(grid(args.seeds or [0, 1]), args.out / "tuning.jsonl")
     best = sorted(by_name(results, "tune").values(), key=score, reverse=True)
-    write([run for runs in best for run in runs], args.out, "tuning")
+    show([run for mine in best for run in mine])
     return 0
 
 

@@ -1,0 +1,48 @@
+"""Runs of an experiment: one line of a .jsonl file each, several processes at a time. The same command resumes."""
+
+import json
+import multiprocessing
+from contextlib import suppress
+
+import torch
+
+import drpo
+
+
+def read(path):
+    """-> the runs in a .jsonl file, as dicts; none if there is no file. A line that was cut off is left out."""
+    runs = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            runs.append(json.loads(line))
+    return runs
+
+
+def found(task, runs):
+    """The run whose line begins with this task, or None."""
+    return next((run for run in runs if task.items() <= run.items()), None)
+
+
+def work(execute, tasks, path):
+    """Tasks, one after another: each a dict, execute(task) another, and the two together a line of the file."""
+    for task in tasks:
+        line = json.dumps(task | execute(task))
+        with path.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+
+def carry_out(execute, groups, path, jobs, threads=1):
+    """Groups of tasks, `jobs` groups at a time, each in a process with so many threads. A task that has its line in the file is
+    not done again. -> the runs of the tasks, in their order. Exit status 2 if the file cannot be written"""
+    with drpo.blame(f"--out {path.parent}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = read(path)
+        with path.open("a+b") as file:
+            if file.tell() and path.read_bytes()[-1:] != b"\n":  # a line was cut off
+                file.write(b"\n")
+    missing = [[task for task in group if not found(task, done)] for group in groups]
+    with multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (threads,)) as pool:
+        pool.starmap(work, [(execute, tasks, path) for tasks in missing if tasks], chunksize=1)
+    done = read(path)
+    return [found(task, done) for group in groups for task in group]
