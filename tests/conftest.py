@@ -63,6 +63,15 @@ def log_of(folder):  # the metrics of a stage, line by line, but for seconds
     return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
 
 
+@torch.no_grad()
+def plain_sample(network, query, response, uniforms, temperature, eos=0):
+    """Decodes until EOS or one token per uniform: each the first whose cumulative probability exceeds its uniform."""
+    while len(response) < len(uniforms) and response[-1:] != [eos]:
+        cdf = (network(torch.tensor([query + response]), use_cache=False).logits[0, -1] / temperature).softmax(-1).cumsum(-1)
+        response = [*response, int((cdf <= uniforms[len(response)] * cdf[-1]).sum())]
+    return response
+
+
 # ---- A made-up run folder with figures that can be worked by hand --------------------------------------------
 SETTINGS = {"dataset": "toy_text:gate", "preset": "tiny", "eval_temperature": 0.01, "temperature": 0.7}
 LOG = {"kl": 0.5, "response_tokens": 9.0, "eos_rate": 0.5, "entropy": 1.0, "explained_variance": 0.2, "tokens_decoded": 100}

@@ -7,7 +7,6 @@ import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -34,55 +33,14 @@ def settings(*flags, **changed):
     return drpo.parse([*TLDR, "--micro_batch=4", *flags, *(f"--{name}={value}" for name, value in changed.items())])[1]
 
 
-def loss(s, roles):  # what drpo.drpo_update makes of a micro-batch of full rows before it goes backward, less PPO
-    rng, sizes = torch.Generator().manual_seed(0), (s.query_length, s.response_length)
-    ids = [torch.randint(1, 300, (s.micro_batch, n), generator=rng).tolist() for n in sizes]
-    batch, mask = drpo.collate(*ids, s.response_length, "cpu"), torch.ones(s.micro_batch, s.response_length, dtype=torch.bool)
-    with drpo.precision(s):
-        logprobs, _ = drpo.response_logprobs(roles.policy, batch, mask, 0.7)
-        values = drpo.response_values(roles.critic, roles.value_head, batch, mask) if roles.critic else torch.zeros(1)
-        return logprobs.sum() + (values**2).sum()
-
-
 def held(tensors):  # bytes of tensors, none counted twice
     return sum({x.data_ptr(): x.nbytes for x in tensors}.values())
 
 
 # ---- The plan ----------------------------------------------------------------------------------------------
 @KINDS
-@pytest.mark.parametrize("advantages", ["gae", "rloo"])
-def test_the_plan_is_what_torch_holds(advantages, lora_r, dtype, monkeypatch):
-    """All to the byte, but activations, the tensors that autograd keeps, within 2 percent."""
-    s, kept, caches = settings(lora_r=lora_r, dtype=dtype, advantages=advantages), {}, []
-    make = drpo.transformers.DynamicCache
-    (roles, optimizer), planned = bench.build(s, SMALL), bench.plan(SMALL, s)
-    parameters = [(name, p) for module in vars(roles).values() if module is not None for name, p in module.named_parameters()]
-
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no other takes its place
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        total = loss(s, roles)
-    weights = {p.untyped_storage().data_ptr() for _, p in parameters}
-    measured = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
-    assert bench.activation_bytes(SMALL, s, cuda=False) == pytest.approx(measured, rel=0.02)
-    total.backward()
-    assert held(p.grad for p in optimizer.param_groups[0]["params"]) == planned["gradients"]
-    optimizer.step()
-    assert held(p for name, p in parameters if "lora_" in name) == planned["adapters"]
-    assert held(p for name, p in parameters if "lora_" not in name) == planned["networks"]
-    assert held(x for state in optimizer.state.values() for x in state.values()) == planned["optimizer"]
-    monkeypatch.setattr(drpo.transformers, "DynamicCache", lambda **given: caches.append(make(**given)) or caches[-1])
-    endless, uniforms = SimpleNamespace(eos_token_id=-1), torch.rand(16, s.response_length)
-    with drpo.precision(s):
-        drpo.rollout(roles.policy, [[5] * 90] * 16, [[]] * 16, uniforms, endless, s, 1.0)
-    assert held(x for layer in caches[-1].layers for x in (layer.keys, layer.values)) == planned["cache"]
-
-
-@KINDS
-@pytest.mark.parametrize("checkpointing, at_least", [(False, 0.85), (True, 0.7)])
-def test_the_peak_of_an_update_is_near_its_plan(lora_r, dtype, checkpointing, at_least):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_of_an_update_is_near_its_plan(lora_r, dtype, checkpointing):
     s = settings(lora_r=lora_r, dtype=dtype, checkpoint_activations=checkpointing, batch_size=4, epochs=1, beta=0.0)
     roles, optimizer = bench.build(s, SMALL)
     rows = bench.synthetic_rows(8, 300, ([90] * 7, [30] * 7), seed=0)
@@ -91,16 +49,9 @@ def test_the_peak_of_an_update_is_near_its_plan(lora_r, dtype, checkpointing, at
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             drpo.drpo_update(roles, optimizer, rows, 2, bench.numbers, s, "seen")
     events = sorted((e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]")
-    planned = bench.plan(SMALL, s, cuda=False)
-    standing = planned["networks"] + planned["adapters"] + planned["optimizer"]
-    assert at_least < (standing + max(accumulate(size for _, size in events))) / planned["peak"] < 1.1
-
-
-def test_pythia_2_8b_at_the_papers_rank_by_hand():
-    """Two bfloat16 networks, the head over the vocabulary once; adapters of 335,544,320 float32 weights in each; two heads."""
-    size = bench.plan(bench.PYTHIA["2.8b"], drpo.parse(["drpo", "--preset=tldr", "--micro_batch=2"])[1])
-    assert size["networks"] == 2 * (2775208960 + 2646430720) + 2 * 4 * 2561 and size["adapters"] == 4 * 2 * 335544320
-    assert size["cache"] == 2 * 2 * 32 * 2560 * 16 * 564  # keys and values, 2 bytes, 16 rows
+    params = [p for module in vars(roles).values() for p in module.parameters()]
+    standing = held([*params, *(x for state in optimizer.state.values() for x in state.values())])
+    assert 0.65 < (standing + max(accumulate(size for _, size in events))) / bench.peak(SMALL, s) < 1
 
 
 def test_plans_keep_to_their_cards(capsys, tmp_path):
@@ -280,4 +231,4 @@ def test_out_of_memory_comes_with_a_plan_that_needs_less(one_line, monkeypatch, 
     found = re.search(r"OOM: --lora_r 64 --micro_batch 6 in this machine's memory; by the plan fits (--.*) \(0\.", line)
     asked, fits = [settings(*RUN[2:-1], *flags) for flags in (["--lora_r=64"], found[1].split())]
     assert fits.lora_r == 64
-    assert bench.plan(SMALL, fits, cuda=False)["peak"] < bench.plan(SMALL, asked, cuda=False)["peak"]
+    assert bench.peak(SMALL, fits) < bench.peak(SMALL, asked)

@@ -49,12 +49,3 @@ def test_pairs_recover_the_cost_and_the_sign_of_the_bonus():
     bonus, cost = car.fit_reward(DATA, 0)(step)[0].tolist()
     assert cost == pytest.approx(-0.1 / 5, rel=0.5)  # labels: true return / 5
     assert 2 < bonus < 100 / 5  # an arrival wins every pair, so its bonus is known from below only
-
-
-@pytest.mark.parametrize("argv, word", [(["--rows", "nothing"], "nothing"), (["--jobs", "0"], "--jobs"), ([], "pip install")])
-def test_bad_arguments_end_in_one_line_and_status_2(argv, word, monkeypatch, capsys):
-    monkeypatch.setattr(car.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="2"):
-        car.main(argv)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert word in line

@@ -146,7 +146,7 @@ def test_bad_input_is_one_line_before_anything_is_trained(shelf, tmp_path, one_l
 BAD_FOR_TOOLS = """  the line has the last word of the command, or what stands after its colon
 toy_env --quick --full | toy_env --seeds oops | toy_env --nosuch | toy_env --out {shelf}/file: --out
 tools.toy_sweep --nosuch | tools.toy_sweep --seeds oops | tools.toy_sweep --out {shelf}/file: --out
-tools.planted --run=nowhere: nowhere/sft
+tools.planted --run=nowhere: nowhere/sft | tools.car --jobs 0: --jobs | tools.car --rows nothing
 tools.judge {shelf}/nowhere --model m: no samples.jsonl | tools.judge {shelf}/made: --model | tools.judge: RUN_DIR
 tools.show {shelf}/nowhere --sample 1: no samples.jsonl | tools.show {shelf}/made --sample 4: has 4 rows
 tools.show {shelf}/made --sample -1: count from 0 | tools.show {shelf}/made --beta 1: --beta 1 | tools.show: RUN_DIR

@@ -83,18 +83,14 @@ def test_verdicts_that_are_none_do_not_count(copy, monkeypatch):
     assert report["methods"]["drpo"]["win_rate"] is None and report["methods"]["drpo"]["response_tokens"] > 1
 
 
-def test_the_prompts_are_a_seeded_sample_of_the_held_out_rows(small_run, copy):
+def test_the_prompts_are_a_seeded_sample_of_the_held_out_rows(small_run, copy, monkeypatch):
+    seeds, load_rows = set(), drpo.load_rows
+    monkeypatch.setattr(drpo, "load_rows", lambda source, kind, seed: seeds.add(seed) or load_rows(source, kind, seed))
     held_out = drpo.load_rows("conftest:posts", "reference", 0)[1]
     prompts, everything = [row["prompt"] for row in samples_of(small_run)], [row["prompt"] for row in held_out]
     assert set(prompts) < set(everything) and prompts != everything[:10] and len(set(prompts)) == 10
     other, _ = evaluated(copy, "--seed", "1", "--eval_samples", "99")
     assert sorted(row["prompt"] for row in other) == sorted(everything) != [row["prompt"] for row in other]
-
-
-def test_another_seed_evaluates_no_training_prompts(copy, monkeypatch):
-    seeds, load_rows = set(), drpo.load_rows
-    monkeypatch.setattr(drpo, "load_rows", lambda source, kind, seed: seeds.add(seed) or load_rows(source, kind, seed))
-    evaluated(copy, "--seed", "1")
     assert seeds == {0}  # the split is that of training
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import drpo
 
@@ -178,16 +176,7 @@ def test_a_share_beta_is_reset_to_prefixes_of_uniform_length(beta, include_zero)
         statistic = ((counts - wanted) ** 2 / wanted)[possible].sum()
         quantiles = {1: 0.01, 2: 10.828, 3: 13.816, 5: 18.467, 6: 20.515}  # 99.9 % of chi-square, by number of outcomes
         assert statistic < quantiles[int(possible.sum())]
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 40), min_size=1), st.floats(0, 1), st.booleans(), st.integers(0, 10**6))
-def test_reset_lengths_lie_between_0_and_the_reference(n, beta, include_zero, seed):
-    n = torch.tensor(n)
-    lengths, none, every = [draw(n, b, include_zero, seed) for b in (beta, 0.0, 1.0)]
-    assert lengths.dtype == torch.long and lengths.shape == n.shape
-    assert (lengths >= 0).all() and (lengths <= n).all()
-    assert (none == 0).all() and (include_zero or torch.equal(every > 0, n > 0))
+    assert draw([0, 0, 0], beta, include_zero).tolist() == [0, 0, 0]
 
 
 # ---- RLOO --------------------------------------------------------------------------------------------------
@@ -234,9 +223,3 @@ def test_public_packages_compute_the_same(case):
         results[0].backward()
     for name, wanted in case["gradients"].items():
         assert_near(x[name].grad, wanted, 1e-6)
-
-
-def test_four_packages_speak_for_six_functions():
-    assert [package["package"].split()[0] for package in ORACLES] == ["rlax", "stable_baselines3", "torchrl", "trl"]
-    functions = {case["ours"] for package in ORACLES for case in package["cases"]}
-    assert functions == {"gae", "ppo_policy_loss", "ppo_value_loss", "dpo_loss", "bradley_terry_loss", "rloo_advantages"}

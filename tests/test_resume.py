@@ -112,15 +112,6 @@ def test_a_stage_resumes_from_its_checkpoint_bit_for_bit(start, tmp_path, monkey
     assert_same(tmp_path / "run" / stage, tmp_path / "whole" / stage)
 
 
-def test_no_update_is_logged_twice_after_a_log_was_lost(start, tmp_path, monkeypatch):
-    command, log = start("sft", save_every=2, sft_steps=8), tmp_path / "run" / "sft" / "metrics.jsonl"
-    interrupt(monkeypatch, command, 4)
-    log.unlink()
-    interrupt(monkeypatch, command, 6)
-    drpo.main(command)
-    assert [line["update"] for line in log_of(log.parent)] == [3, 4, 5, 6, 7, 8]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_the_update_end_saves_and_exits_with_0(start, small_run, tmp_path, one_line, monkeypatch, number):
     command, step, handler = start("drpo", save_every=100), drpo.step, signal.default_int_handler

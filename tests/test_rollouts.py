@@ -1,9 +1,7 @@
 """Rollouts and resets: sampling from exactly the softmax that is scored, on random networks of one and two layers."""
 
-import collections
 import copy
 import dataclasses
-import itertools
 from types import SimpleNamespace
 
 import conftest
@@ -37,16 +35,6 @@ def likely_eos(network):
     return network
 
 
-@torch.no_grad()
-def slow_rollout(network, query, prefix, u, temperature, eos=EOS):
-    """One row, the whole forward pass for each token: the first whose cumulative probability exceeds the uniform."""
-    ids = list(prefix)
-    while len(ids) < len(u) and eos not in ids[len(prefix) :]:
-        cdf = (network(torch.tensor([query + ids]), use_cache=False).logits[0, -1] / temperature).softmax(-1).cumsum(-1)
-        ids.append(int((cdf <= u[len(ids)] * cdf[-1]).sum()))
-    return ids
-
-
 # Nine rows: ragged queries, and prefixes of 0, 1, 4, 7 and T - 1 tokens. EOS may be in a query, never in a prefix.
 QUERIES = token_lists(2, 1, 5, 9, 3, 9, 2, 7, 4, 6)
 PREFIXES = [[5 + (i + t) % 50 for t in range(n)] for i, n in enumerate((0, 1, T - 1, 0, 4, 1, T - 1, 0, 7))]
@@ -57,36 +45,12 @@ U = uniforms(9, T)
 def test_rollouts_are_those_of_whole_forward_passes(kind):
     network = likely_eos(tiny(kind, **({"alibi": True, "num_kv_heads": 4} if kind == "falcon" else {})))
     for temperature in (0.7, 1.0):
-        wanted = [slow_rollout(network, *row, temperature) for row in zip(QUERIES, PREFIXES, U)]
-        assert roll(network, QUERIES, PREFIXES, U, temperature) == wanted
+        wanted = [conftest.plain_sample(network, *row, temperature, EOS) for row in zip(QUERIES, PREFIXES, U)]
+        assert all(roll(network, QUERIES, PREFIXES, U, temperature, size) == wanted for size in (1, 2, 100))  # beside any rows
     seen = {(len(prefix), len(ids), ids[-1] == EOS) for ids, prefix in zip(wanted, PREFIXES)}
     assert {True, False} == {ended for *_, ended in seen} and any(n < T for _, n, _ in seen)
     if kind == "gpt_neox":  # EOS early, at the last token with and without a prefix, and never
         assert {(0, 3, True), (0, T, True), (T - 1, T, True), (0, T, False)} <= seen
-
-
-@torch.no_grad()
-def test_all_uniforms_together_give_the_scored_probabilities():
-    """Two tokens of a vocabulary of eight, on a grid of uniforms: a frequency is off by at most a step for each token."""
-    network, query, K = conftest.network(), [2, 5, 3], 128
-    grid = (torch.cartesian_prod(torch.arange(K), torch.arange(K)) + 0.5) / K
-    found = collections.Counter(map(tuple, roll(network, [query] * K**2, [[]] * K**2, grid, 0.7, micro_batch=K**2, eos=0)))
-    responses = [[0], *([a, b] for a, b in itertools.product(range(1, 8), range(8)))]
-    batch = drpo.collate([query] * 57, responses, 2, "cpu")
-    scored, others = [drpo.sequence_logprobs(network, batch, temperature).exp() for temperature in (0.7, 0.8)]
-    frequencies = torch.tensor([found[tuple(ids)] / K**2 for ids in responses])
-    assert scored.sum().item() == pytest.approx(1.0, abs=1e-5) and found.total() == K**2
-    assert (frequencies - scored).abs().max() < 2 / K < (frequencies - others).abs().max()
-
-
-@pytest.mark.parametrize("kind", ["gpt_neox", "mistral"])
-def test_rollouts_do_not_depend_on_the_rows_beside_them(kind):
-    network = likely_eos(tiny(kind))
-    queries, prefixes, u = QUERIES * 3, PREFIXES * 3, uniforms(27, T)
-    first = roll(network, queries, prefixes, u)
-    assert all(roll(network, queries, prefixes, u, micro_batch=size) == first for size in (2, 100))
-    assert [roll(network, *([x] for x in row[:2]), row[2][None])[0] for row in zip(queries, prefixes, u)] == first
-    assert roll(network, queries[::-1], prefixes[::-1], u.flip(0), micro_batch=2) == first[::-1]
 
 
 def test_a_token_without_probability_is_never_drawn():
@@ -153,7 +117,7 @@ def test_reset_to_sft_starts_with_what_the_sft_network_writes():
     written = {}
     for query, _, prefix in zip(*lists(batch)):
         key = tuple(query)
-        written[key] = written.get(key) or slow_rollout(certain, query, [], torch.full((7,), 0.5), 1.0, eos=8)
+        written[key] = written.get(key) or conftest.plain_sample(certain, query, [], torch.full((7,), 0.5), 1.0, eos=8)
         assert prefix == written[key][: len(prefix)]
     counts = torch.bincount(batch["reset_len"], minlength=7)[1:].double()  # each of 1 ... 6 as often
     assert counts.sum() == 700 and ((counts - 700 / 6) ** 2 / (700 / 6)).sum() < 20.52  # chi-square, 5 degrees, 99.9 %

@@ -66,55 +66,29 @@ EPISODES = {"tldr": 116722, "hh": 160800, "tiny": 4000}  # one epoch of the rows
 
 
 # ---- 1. The plan -------------------------------------------------------------------------------------------------------------
-# Networks, adapters, optimizer, gradients and cache are exact. Activations are what autograd keeps of transformers' GPT-NeoX
-# with PyTorch's fused attention. Workspaces are rough: on an H100 the peak was planned 2 to 5 % above what was measured.
-def activation_bytes(shape, s, cuda=True):
-    """What policy and critic keep for one backward pass on a micro-batch of full rows, query_length + response_length tokens.
-
-    Per token and layer, in widths: q, k, the projection that v is a view of, attention's output: 1 + 1 + 3 + 1; GELU's input 4;
-    A's input: 1, or with lora_r = 0 the inputs of all four matrices: 7; the norms' input: 1, which autocast copies twice in
-    float32 on CUDA. Besides: A's output, softmax's normaliser, the norms' means and deviations; under autocast a bfloat16 copy
-    of each trained matrix. In the first layer nothing before A needs a gradient. At the ends: the last norms' input,
-    log-softmax of the response, states at both heads. With checkpointing: every layer's input, and one layer at a time."""
-    (L, d, heads, V), e, r, steps = shape, BYTES[s.dtype], s.lora_r, s.micro_batch * s.response_length
-    n = 1 + (s.advantages == "gae")  # networks that are trained: RLOO has no critic
-    tokens, autocast, stream = s.micro_batch * s.query_length + steps, s.dtype == "bfloat16", e if r else 4
-    norms = 8 if autocast and cuda and r else stream  # stream: bytes of a number between the layers
-    layer = tokens * ((e * (10 + (1 if r else 7)) + norms) * d + e * r + 4 * heads + 4 * e)
-    layer += autocast * 2 * (4 * r * d if r else 12 * d * d)
-    first = tokens * d * (norms + 4 * e) if r else 0
-    ends = n * tokens * (4 if autocast and cuda else stream) * d + steps * (4 * V + 4 * d + 40)
-    ends += 0 if r else e * steps * d + autocast * e * d * V
-    return ends + (layer + n * L * tokens * stream * d if s.checkpoint_activations else n * (L * layer - first))
-
-
-def plan(shape, s, cuda=True):
-    """-> {what: bytes} if all rows are full. "peak" is the larger of "rollout" and "update"."""
-    (L, d, _, V), e, r, rows = shape, BYTES[s.dtype], s.lora_r, min(GROUP * s.micro_batch, s.batch_size)
-    length, n = s.query_length + s.response_length, 1 + (s.advantages == "gae")
-    body = V * d + L * (12 * d * d + 13 * d) + 2 * d  # embedding, layers, last norm
-    both, adapters = 2 * body + V * d, n * L * 4 * r * d  # only the policy has the head over the vocabulary
-    networks = n * body + V * d  # policy and critic
-    trained = (adapters if r else networks) + (n - 1) * (d + 1)  # with the value head
-    tensors = n * (2 * L if r else 12 * L + 3) + (r == 0) + 2 * (n - 1)
-    size = {
-        "networks": (both * e if r else networks * 2 * 4 + (2 - n) * body * e) + n * 4 * (d + 1),  # lora_r = 0: and the twins
-        "adapters": 4 * adapters,
-        "optimizer": 8 * trained + 4 * tensors,  # AdamW counts the steps of each tensor
-        "gradients": 4 * trained,
-        "cache": 2 * L * d * (e if r else 4) * rows * (length - 1),  # autocast leaves keys that it rotates float32
-        "activations": activation_bytes(shape, s, cuda),
-    }
-    standing = size["networks"] + size["adapters"] + size["optimizer"]
-    # At prefill a layer's intermediates, and logits, softmax and its sums. In backward the gradients in a layer, and those of
-    # logits. In the step AdamW's denominators
-    size["rollout"] = standing + size["cache"] + rows * (length * 48 * d + (16 + e) * V)
-    backward = s.micro_batch * (length * 32 * d + s.response_length * (8 + e) * V)
-    size["update"] = standing + size["gradients"] + max(size["activations"] + backward, size["gradients"])
-    return size | {"peak": max(size["rollout"], size["update"])}
+def peak(shape, s):
+    """Bytes at the peak of rollouts or an update if all rows are full. Rough: 2 to 7 % above what an H100 measured, 17 % with
+    --compile."""
+    (L, d, _, V), e, r, autocast = shape, BYTES[s.dtype], s.lora_r, s.dtype == "bfloat16"
+    n, stream = 1 + (s.advantages == "gae"), e if r else 4  # networks that are trained; bytes of a number between the layers
+    length, rows = s.query_length + s.response_length, min(GROUP * s.micro_batch, s.batch_size)
+    tokens, steps = s.micro_batch * length, s.micro_batch * s.response_length
+    body, adapters = V * d + 12 * L * d * d, n * L * 4 * r * d
+    trained = adapters if r else n * body + V * d
+    # Weights and AdamW's moments. Without LoRA all weights are float32, and each network has a frozen twin
+    standing = (2 * body + V * d) * e + 12 * adapters if r else 16 * trained + (2 - n) * body * e
+    # The cache; at prefill a layer's intermediates, the logits and their softmax
+    rollout = 2 * L * d * stream * rows * length + rows * (48 * length * d + (16 + e) * V)
+    # What autograd keeps of a layer. Autocast copies the norms' inputs in float32, and trained matrices in bfloat16
+    norms = 8 if autocast and r else stream
+    layer = tokens * ((e * (11 if r else 17) + norms) * d + e * r) + autocast * (8 * r * d if r else 24 * d * d)
+    kept = layer + n * L * tokens * stream * d if s.checkpoint_activations else n * L * layer
+    # Gradients; then a layer's and the logits' own gradients, or AdamW's denominators
+    update = 4 * trained + max(kept + steps * (12 + e) * V + 32 * tokens * d, 4 * trained)
+    return standing + max(rollout, update)
 
 
-def best_plan(shape, most, s, cuda=True):
+def best_plan(shape, most, s):
     """Settings, and "peak" in bytes, of what fits into `most` bytes; None if nothing does. Preferred are, in this order: a high
     rank (at most --lora_r), a micro-batch of 4 or more, no checkpointing, a large micro-batch."""
     highest = s.lora_r or 1024
@@ -122,9 +96,8 @@ def best_plan(shape, most, s, cuda=True):
     sizes = [(c, size) for group in ((64, 32, 16, 8, 4), (2, 1)) for c in (False, True) for size in group]
     for lora_r, (checkpointing, size) in product(ranks, sizes):
         one = {"lora_r": lora_r, "micro_batch": size, "checkpoint_activations": checkpointing}
-        peak = plan(shape, dataclasses.replace(s, **one), cuda)["peak"]
-        if peak <= most:
-            return one | {"peak": peak}
+        if (needed := peak(shape, dataclasses.replace(s, **one))) <= most:
+            return one | {"peak": needed}
 
 
 def cell(lora_r, micro_batch, checkpointing, peak):
@@ -582,7 +555,7 @@ def out_of_memory(s, shape):
     """The line to end with: what ran out, and what fits by the plan with as much to spare as in print_plans."""
     cuda = s.device.startswith("cuda")
     total = torch.cuda.get_device_properties(s.device).total_memory if cuda else math.inf
-    fit = shape and best_plan(shape, min(total * 1e9 / 2**30, plan(shape, s, cuda)["peak"] - 1), s, cuda)
+    fit = shape and best_plan(shape, min(total * 1e9 / 2**30, peak(shape, s) - 1), s)
     flags = [f"--{name} {value}" for name, value in (fit or {}).items() if value and name != "peak"]
     less = f"{' '.join(flags)} ({fit['peak'] / 1e9:.2g} GB)" if fit else "nothing smaller"
     have = f"{total / 1e9:.0f} GB" if cuda else "this machine's memory"

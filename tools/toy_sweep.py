@@ -4,7 +4,7 @@
     python -m tools.toy_sweep --tune [--seeds 0 1] [--out DIR]       PPO's own grid, on seeds that are not reported
 
 Each run is a line of DIR/sweep.jsonl (tuning.jsonl) when it is done, and the same command resumes with those that are missing.
-Then come tables and DIR/growth.png.
+Then come tables.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from statistics import mean, median
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 import drpo
 import toy_env
@@ -31,8 +30,6 @@ PARTS = {  # title and further columns of each part's table
     "locks": ("Locks on which PPO keeps more of its coverage, H = 20", []),
     "tune": ("PPO's own grid, H = 20", []),
 }
-COLOURS = toy_env.COLOURS | {"PPO, count bonus": "#CC79A7", "DR-PO with RLOO": "#56B4E9"}
-COLOURS |= {"DR-PO with NPG (Algorithm 3)": "#009E73"}
 GROWTH = ("PPO", "PPO, tuned", "PPO, count bonus", "DR-PO", "DR-PO with RLOO", "DR-PO with NPG (Algorithm 3)")
 
 
@@ -111,7 +108,7 @@ def carry_out(plan, path):
     return experiment.carry_out(execute, [[run] for run in plan], path, min(8, os.cpu_count()))
 
 
-# ---- 2. Tables and figures ---------------------------------------------------------------------------------------------------
+# ---- 2. Tables ---------------------------------------------------------------------------------------------------------------
 def by_name(results, part):
     """{name: its runs}, of one part."""
     names = dict.fromkeys(run["name"] for run in results if run["part"] == part)
@@ -129,21 +126,6 @@ def cells(lines, extra=()):
     return rows
 
 
-def draw_growth(results, path):
-    """Episodes until solved against H: a dot per seed, hollow at the end of the budget where it was not solved."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    ax = figure.subplots()
-    for place, row in enumerate(GROWTH):
-        for run in [run for run in results if run["part"] == "growth" and run["name"].startswith(f"{row}, H")]:
-            x, y, face = run["H"] + place - 2.5, run["solved"] or run["budget"], COLOURS[row] if run["solved"] else "white"
-            ax.plot(x, y, "o", color=COLOURS[row], mfc=face, ms=4)
-        ax.plot([], [], "o", color=COLOURS[row], label=row)
-    ax.plot([], [], "o", color="grey", mfc="white", label="not solved within the budget")
-    ax.set(xlabel="H", ylabel="episodes until solved", yscale="log", xticks=(10, 20, 30, 40))
-    figure.legend(fontsize=8, loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=150)
-
-
 def show(results):
     """Prints a table for each part."""
     for part, (title, extra) in PARTS.items():
@@ -154,7 +136,6 @@ def show(results):
 def sweep(seeds, out):
     """The whole sweep on these seeds -> exit status 0. Everything goes to the folder `out`."""
     results = carry_out(plan(list(seeds)), out / "sweep.jsonl")
-    draw_growth(results, out / "growth.png")
     show(results)
     return 0
 
