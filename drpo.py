@@ -25,7 +25,7 @@ One row: a query of 4 tokens, a reset of 2, EOS sampled at t = 4, T = 6. Padding
 
 The main differences from the paper (P) and the official code (C); docs/paper.md has all of them. N+ is arXiv 2403.17031.
     1  One mask in every term and mean: the policy's tokens up to EOS, as in Alg. 1. C masks prefixes in the policy loss only.
-    2  A prefix has 1..n tokens as in C; `--reset_include_prompt` draws 0..n as in P, Alg. 3. C freezes the critic's head.
+    2  Prefixes: 1..n tokens as in C; `--reset_include_prompt`: 0..n as in P, Alg. 3. The critic's head is trained; C's is not.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ from transformers.hf_argparser import HfArg
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, and the shapes of rollouts change
 
 # ---- 1. Settings. The defaults are those of the paper's TL;DR run (Table 5). Precedence: command line, preset, defaults ------
-# Blocks by the order of fields in Settings; what stands before `seed` is in none. USES: the blocks that `inputs` compares
+# Each name starts a block of fields of Settings; those before `seed` change no result. USES: which blocks a stage depends on
 BLOCKS = {"seed": "data", "sft_steps": "sft", "rm_model": "rm", "updates": "po", "batch_size": "rl", "dpo_beta": "dpo"}
 USES = {"sft": "data sft", "rm": "data sft rm", "dpo": "data sft po dpo"} | dict.fromkeys(["ppo", "drpo"], "data sft rm po rl")
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
@@ -104,7 +104,7 @@ class Settings:
     batch_size: int = HfArg(default=512, help="rollouts per update")
     lr: float = HfArg(default=3e-6, help="learning rate of policy and critic, linear to 0")
     beta: float = HfArg(default=1.0, help="probability that a rollout starts from a reset; 0 is PPO, the paper runs 1")
-    reset_to: Literal["reference", "chosen", "sft"] = HfArg(default="reference", help="whose prefixes; sft: Remark 5.1")
+    reset_to: Literal["reference", "chosen", "sft"] = HfArg(default="reference", help="whose prefixes; chosen: and prompts")
     reset_include_prompt: bool = HfArg(default=False, help="prefixes of 0..n tokens (Alg. 3), not 1..n")
     advantages: Literal["gae", "rloo"] = HfArg(default="gae", help="gae: from a critic; rloo: leave-one-out, no critic")
     group: int = HfArg(default=4, help="rollouts from the same state, with rloo")
@@ -634,16 +634,17 @@ def train_sft(s):  # supervised fine-tuning: cross-entropy over query and respon
     tokenizer, begun = load(AutoTokenizer, s.tokenizer or s.model, s), Path(s.run_dir, "sft", "checkpoint.pt").exists()
     network = load_network(s.model, s, trained=not s.supervised_lora_r)
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
-    room = min(getattr(config, f"{x}max_position_embeddings", math.inf) for x in ("", "original_"))  # the latter: longrope's
+    rm_config = transformers.AutoConfig.from_pretrained(s.rm_model).get_text_config() if s.rm_model else config
+    room = min(getattr(x, f"{key}max_position_embeddings", math.inf) for x in (config, rm_config) for key in ("", "original_"))
     if getattr(tokenizer, "eos_token_id", None) is None:
         stop(f"--tokenizer {s.tokenizer or s.model}: is no tokenizer, or has no end-of-text token")
-    if longest > room or len(tokenizer) > config.vocab_size:
-        stop(f"--model {s.model}: {room} positions for {longest}, {config.vocab_size} tokens for {len(tokenizer)} needed")
+    if len(tokenizer) > (known := min(config.vocab_size, rm_config.vocab_size)) or longest > room:
+        stop(f"--model {s.model} or --rm_model: {room} positions for {longest}, {known} tokens for {len(tokenizer)} needed")
     if shutil.disk_usage(s.run_dir).free < network.num_parameters() * (4 if s.supervised_lora_r else 16 if begun else 28):
         stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
-    with blame(f"--model {s.model}: cannot be a reward model, or be trained with LoRA (then use --lora_r 0)"):  # tried early
-        with torch.device("meta"):
-            AutoModelForSequenceClassification.from_config(config)
+    with blame(f"--model {s.model} or --rm_model: cannot be a reward model, or be trained with LoRA (then use --lora_r 0)"):
+        with torch.device("meta"):  # tried before anything trains
+            _ = AutoModelForSequenceClassification.from_config(rm_config).score
         add_lora(network, s.lora_r, s.seed, "trial").unload().requires_grad_(True) if s.lora_r else None
     if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < config.vocab_size:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
@@ -683,7 +684,7 @@ def train_rm(s):  # Alg. 1, line 1: the SFT network with a scalar head read at t
     responses = [encode_response(pair[x], tokenizer, s.preference_length) for x in ("chosen", "rejected") for pair in pairs]
     hits = torch.gt(*per_row(score, pairs * 2, responses, s, tokenizer).chunk(2)).tolist()
     for hit, pair in zip(hits, pairs):  # N+ detail 16: accuracy differs by labelling batch
-        by_batch.setdefault(str(pair["batch"] or "all"), []).append(hit)
+        by_batch.setdefault(str("all" if pair["batch"] in (None, "") else pair["batch"]), []).append(hit)
     by_batch = {name: {"accuracy": mean(of_batch), "pairs": len(of_batch)} for name, of_batch in by_batch.items()}
     return {"accuracy": mean(hits), "accuracy_ci95": wilson(hits), "pairs": len(hits), "accuracy_by_batch": by_batch}
 
@@ -711,9 +712,9 @@ def build_roles(sft_network, reward_model, s):  # SFT network, (backbone, head) 
 
 
 def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer; PPO itself is this function at beta = 0
-    s, references = dataclasses.replace(s, beta=0.0) if stage == "ppo" else s, load_rows(s.dataset, "reference", s.seed)[0]
-    chosen = [row | {"reference": row["chosen"]} for row in load_rows(s.preference_dataset, "pairs", s.seed)[0]]
-    rows = chosen if s.reset_to == "chosen" else references  # D_TR
+    references, held_out = load_rows(s.dataset, "reference", s.seed)
+    s, pairs = s if stage == "drpo" else dataclasses.replace(s, beta=0.0), load_rows(s.preference_dataset, "pairs", s.seed)[0]
+    rows = [row | {"reference": row["chosen"]} for row in pairs] if s.reset_to == "chosen" else references  # D_TR, and prompts
     tokenizer, network = load(AutoTokenizer, f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
     roles = build_roles(network, load_reward(f"{s.run_dir}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
     own, checked = (roles.reward, roles.reward_head), few(references, 256, s, "check")
@@ -723,7 +724,7 @@ def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer
     if not abs(scores.mean()) < 5 * error + (1e-4 if s.dtype == "float32" else 0.1):
         stop("the reward model does not see the references as it was trained on them", 3)
     modules = torch.nn.ModuleDict({name: getattr(roles, name) for name in ("policy", "critic", "value_head")})
-    held_out, judge = few(load_rows(s.dataset, "reference", s.seed)[1], 100, s, "eval"), find_judge(s, tokenizer, own)
+    held_out, judge = few(held_out, 100, s, "eval"), find_judge(s, tokenizer, own) if s.eval_every else None
     for update, optimizer, metrics in training(stage, s.updates or max(1, len(rows) // s.batch_size), s.lr, modules, s):
         metrics |= drpo_update(roles, optimizer, rows, update, tokenizer, s, f"{stage} update {update + 1}")
         if s.eval_every and (update + 1) % s.eval_every == 0:
@@ -748,7 +749,7 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
             values[i] = response_values(roles.critic, roles.value_head, part, mask[i]) if is_gae else 0.0
         summed(of_steps), summed(scores)  # in place
         kl, reset_share = log_ratio(logprobs, ref_logprobs, mask), (batch["reset_len"] > 0).float().mean().item()
-        if update == 0:  # self-checks; the flags below allow empty resets
+        if update == 0:  # self-checks; slack: five standard errors and one of n draws; the flags below allow empty resets
             drift = kl.abs().max().item()
             tqdm.write(f"check: {reset_share:.2f} of rollouts are resets, beta {s.beta:g}; |ln pi - ln pi_SFT| <= {drift:.1e}")
             slack = 5 * math.sqrt(s.beta * (1 - s.beta) / (n := B if is_gae else B // s.group)) + (0 < s.beta < 1) / n + 1e-6
@@ -784,10 +785,10 @@ def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1,
     laps.append(lap(s))
     m = mask.expand(s.epochs, B, T)  # losses and ratios: means over the epochs
     pg_loss, clipfrac = ppo_policy_loss(new_logprobs, logprobs, advantages, m, s.cliprange)
-    rho = log_ratio(new_logprobs, logprobs, m)[m].exp()
+    log_rho = log_ratio(new_logprobs, logprobs, m)[m]
     metrics = {"score": scores.mean(), "kl": kl.sum(1).mean(), "entropy": masked_mean(entropy, mask), "grad_norm": norm}
     metrics |= {"loss": pg_loss, "pg_loss": pg_loss, "clipfrac": clipfrac, "reset_share": reset_share}
-    metrics |= {"ratio": rho.mean(), "approx_kl": (rho - 1 - rho.log()).mean(), "tokens_decoded": mask.sum()}  # Schulman's k3
+    metrics |= {"ratio": log_rho.exp().mean(), "approx_kl": (log_rho.expm1() - log_rho).mean(), "tokens_decoded": mask.sum()}
     metrics |= {"response_tokens": batch["response_len"].float().mean(), "eos_rate": has_eos.float().mean()}
     if is_gae:
         vf_loss, vf_clipfrac = ppo_value_loss(summed(new_values), values, returns, m, s.cliprange_value)
@@ -870,16 +871,15 @@ def rate(network, sft, reward_model, judge, rows, s, tokenizer):  # -> {figure: 
 
 def evaluate(s):  # -> samples.jsonl, report.json: win rate over references (tie: 0.5), RM score, KL, ROUGE, length, EOS rate
     run, tokenizer = Path(s.run_dir), load(AutoTokenizer, f"{s.run_dir}/sft", s)
-    sft, reward_model, done = load_network(f"{run}/sft", s), load_reward(run / "rm", s), results(run)
+    sft, reward_model, done = load_network(f"{run}/sft", s, trained=not s.lora_r), load_reward(run / "rm", s), results(run)
     judge, uses = find_judge(s, tokenizer, reward_model), {x: json.loads((run / x / "settings.json").read_text()) for x in done}
     rows = few(load_rows(s.dataset, "reference", seed := uses["sft"]["seed"])[1], s.eval_samples, s, "eval")  # of its split
     for method, other in ((x, y) for x in USES if x in done for y in NEEDS[x] if uses[x][y] != done[y]["seconds"]):
         stop(f"{run / method} was trained on another {run / other}: delete it, and train it anew")
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     for method in tqdm([stage for stage in USES if stage != "rm" and stage in done], desc="eval", unit="method"):
-        adapter = run / method / "adapter"  # applied as in training: loaded in bfloat16, merged weights would be rounded
-        is_lora = method != "sft" and adapter.exists()
-        network = sft if method == "sft" else load_network(f"{run}/{'sft' if is_lora else method}", s)
+        is_lora = method != "sft" and (adapter := run / method / "adapter").exists()  # as in training: applied, or all float32
+        network = sft if method == "sft" else load_network(f"{run}/{'sft' if is_lora else method}", s, trained=not is_lora)
         network = importlib.import_module("peft").PeftModel.from_pretrained(network, adapter) if is_lora else network
         columns = rate(network, sft, reward_model, judge, rows, s, tokenizer)
         columns |= {f"rouge_{kind.lower()}": rouge(columns["response"], rows, f"rouge{kind}") for kind in "12L"}

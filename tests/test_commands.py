@@ -13,6 +13,7 @@ from graphlib import TopologicalSorter
 import conftest
 import pytest
 from conftest import ROOT, SMALL, make_run
+from transformers import BertConfig, GPTNeoXConfig
 
 import drpo
 
@@ -115,7 +116,8 @@ nosuchstage | --nosuchflag | --preset nope | --lr abc | --lr | --lr nan | --lr 2
 --tokenizer test_commands:large_tokenizer: 8 tokens for 9 | rm: rm needs run/sft first | dpo: dpo needs run/sft first
 drpo --run_dir {shelf}/only_sft: drpo needs only_sft/rm first | eval --run_dir {shelf}/only_sft: eval needs only_sft/rm
 drpo --run_dir {shelf}/sft_twice: sft_twice/rm is not a reward model
-eval --run_dir {shelf}/done --preference_dataset nowhere.jsonl: nowhere.jsonl"""
+eval --run_dir {shelf}/done --preference_dataset nowhere.jsonl: nowhere.jsonl
+--rm_model {shelf}/short: 8 positions for 15 | --rm_model {shelf}/bert: cannot be a reward model"""
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +130,8 @@ def shelf(small_run, tmp_path_factory):  # a folder with what the bad commands p
         for stage in stages.split():
             shutil.copytree(small_run / stage, shelf / folder / stage)
     shutil.copytree(small_run / "sft", shelf / "sft_twice" / "rm")
+    GPTNeoXConfig(vocab_size=8, max_position_embeddings=8).save_pretrained(shelf / "short")
+    BertConfig(vocab_size=8).save_pretrained(shelf / "bert")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tools.report.write", lambda run: None)
         make_run(shelf / "made", {"sft": 0.5})

@@ -54,15 +54,31 @@ def test_the_report_has_the_figures_that_others_rely_on(small_run):
             assert (row[method]["kl"] == 0.0) == (method == "sft")
 
 
-def test_held_out_figures_in_training_are_those_of_eval(start, tmp_path):
+def test_held_out_figures_in_training_are_those_of_eval(start, tmp_path, monkeypatch):
     run, without = tmp_path / "run", tmp_path / "without"
     drpo.main(start("drpo", eval_every=3))  # once, after the last of three updates
+    asked, find_judge = [], drpo.find_judge
+    monkeypatch.setattr(drpo, "find_judge", lambda s, *rest: asked.append(rest) or find_judge(s, *rest))
     drpo.main(start("drpo", folder="without", eval_every=0))
+    assert asked == [()]  # before the run only, and no reward model is loaded for it
     assert [any("held_out" in name for name in line) for line in conftest.log_of(run / "drpo")] == [False, False, True]
     of, last = evaluated(run, "--eval_samples=100")[1]["methods"]["drpo"], conftest.log_of(run / "drpo")[-1]
     for name in set(FIGURES) - {"rouge_1", "rouge_2", "rouge_l"}:
         assert last.pop(f"held_out_{name}") == pytest.approx(of[name], abs=1e-6)
     assert last == conftest.log_of(without / "drpo")[-1]  # looking changes nothing
+
+
+def test_weights_trained_in_float32_are_evaluated_in_float32(copy, monkeypatch):
+    seen, rate, s = set(), drpo.rate, settings(copy, "--dtype=bfloat16")
+
+    def watched(network, sft, *rest):
+        seen.update(p.dtype for one in (network, sft) for p in one.parameters())
+        return rate(network, sft, *rest)
+
+    monkeypatch.setattr(drpo, "rate", watched)
+    with drpo.precision(s):
+        drpo.evaluate(s)
+    assert seen == {torch.float32}
 
 
 def test_wilson_by_hand():

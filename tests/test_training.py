@@ -239,10 +239,16 @@ def test_supervised_lora_is_merged_into_the_saved_networks(start, tmp_path):
     drpo.main(["drpo", *command[1:]])  # whose check finds that references score 0
 
 
-def test_batches_of_labels_may_be_named_by_lists(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(conftest, "listed", lambda: [row | {"batch": ["b", 7]} for row in conftest.pairs()], raising=False)
-    drpo.main(start("rm", preference_dataset="conftest:listed"))
-    assert list(json.loads((tmp_path / "run" / "rm" / "result.json").read_text())["accuracy_by_batch"]) == ["['b', 7]"]
+def test_batches_of_labels_may_have_any_names(start, tmp_path, monkeypatch):
+    names = [["b", 7], 0, "", None]
+    named = [row | {"batch": names[i % 4]} for i, row in enumerate(conftest.pairs())]
+    monkeypatch.setattr(conftest, "named", lambda: named, raising=False)
+    drpo.main(start("rm", preference_dataset="conftest:named"))
+    assert set(json.loads((tmp_path / "run" / "rm" / "result.json").read_text())["accuracy_by_batch"]) == {
+        "['b', 7]",
+        "0",
+        "all",
+    }
 
 
 def test_the_reward_model_and_the_policy_learn(start, tmp_path):

@@ -35,8 +35,8 @@ import toy_text
 from tools import experiment, report
 from tools.report import COLOURS
 
-STOPS = (47, 56, 72, 80)  # the chance, in percent, that an SFT annotator stops after a clause; 65 elsewhere
-gate_47, gate_56, gate_72, gate_80 = [functools.partial(toy_text.gate, stop=stop / 100) for stop in STOPS]
+STOPS = (33, 56, 68, 72)  # the chance, in percent, that an SFT annotator stops after a clause; 65 elsewhere
+gate_33, gate_56, gate_68, gate_72 = [functools.partial(toy_text.gate, stop=stop / 100) for stop in STOPS]
 quarter, fourfold = [functools.partial(toy_text.tiny_pythia, width=width) for width in (56, 280)]
 
 
@@ -56,6 +56,7 @@ TABLE = {
     "SFT": ("sft", ""),
     "SFT on chosen": ("sft", "", "--dataset=toy_text:gate_pairs"),
     "DPO": ("dpo", ""),
+    "DPO, 3 x updates": ("dpo", "--updates=180"),
     "PPO": ("ppo", ""),
     "PPO, KL 0.3": ("ppo", "--kl_coef=0.3"),
     "PPO, 3 x updates": ("ppo", "--updates=180"),
