@@ -99,7 +99,7 @@ def coverage():
     """Where resets help: PPO and DR-PO at each level of SFT's coverage, paired by seed."""
     rows = [["an SFT reference stops with", "P(full summary), SFT", "PPO: found", "share full", "DR-PO: found", "share full"]]
     rows[0].append("win rate, DR-PO − PPO")
-    of = of_text("coverage", "text")
+    of = of_text("coverage", "other_processor")
     for stop in sorted({name.rpartition(" ")[2] for name in of}):
         cells = [f"0.{stop}", f"{of[f'SFT {stop}']['coverage']['mean']:.1e}"]
         for one in (of[f"PPO {stop}"], of[f"DR-PO {stop}"]):

@@ -227,18 +227,18 @@ def cells(results):
 def draw_coverage(rows, path):
     """Share of full summaries after training against P(full summary) of the SFT policy: a dot per seed, a line of means."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
-    ax, floor = figure.subplots(), 1e-7  # everything below stands there
+    ax = figure.subplots()
     stops = sorted({run.rpartition(" ")[2] for run, _ in rows})
     for name, key, marker, shift in (("PPO", "ppo", "o", 0.85), ("DR-PO", "drpo", "s", 1.18)):
         line = []
         for stop in stops:
             seeds = [seed for run, seed in rows if run == f"{name} {stop}" and (f"SFT {stop}", seed) in rows]
-            x = [shift * max(rows[f"SFT {stop}", seed]["coverage"], floor) for seed in seeds]
+            x = [shift * rows[f"SFT {stop}", seed]["coverage"] for seed in seeds]
             y = [rows[f"{name} {stop}", seed]["full"] for seed in seeds]
             ax.scatter(x, y, color=COLOURS[key], marker=marker, alpha=0.6, label=name if stop == stops[0] else None)
             line.append((math.exp(mean(map(math.log, x))), mean(y)))
         ax.plot(*zip(*line), color=COLOURS[key], lw=1)
-    ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="P(full summary) of the SFT policy; at most 1e-7 at the left")
+    ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="P(full summary) of the SFT policy")
     ax.set_ylabel("share of full summaries\nafter training")
     ax.legend(loc="center left")
     figure.savefig(path, dpi=150)
