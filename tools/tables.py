@@ -86,9 +86,9 @@ def of_text(part, folder="text"):
     return text_sweep.summarise(part, text_sweep.read(RESULTS / folder, part))
 
 
-def text(names):
+def text(names, folder="text"):
     """Runs of the part `table`: mean and 95 % t-interval over seeds, exact intervals of shares."""
-    return text_sweep.cells({name: of for name, of in of_text("table").items() if name in names})
+    return text_sweep.cells({name: of for name, of in of_text("table", folder).items() if name in names})
 
 
 def gap(of):
@@ -204,6 +204,7 @@ TABLES |= {f"lock {part}": functools.partial(lock, part) for part in ("beta", "p
 TABLES |= {
     "budget": lambda: text(BUDGET),
     "text": lambda: text(MAIN),
+    "dpo": lambda: text(("DPO", "DPO, 3 x updates", "DR-PO"), "other_processor"),
     "optimisers": lambda: text(OTHERS),
 }
 
