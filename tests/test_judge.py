@@ -228,6 +228,7 @@ def test_after_a_stop_only_what_is_missing_is_asked(server, tmp_path):
 
 
 def test_the_command_judges_stored_samples_again(server, tmp_path, one_line, capsys, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been started without it
     monkeypatch.setattr(report, "write", lambda run: f"report of {run}")
     make_run(tmp_path, {"sft": 0.0, "ppo": 0.0})
     command, stops = [str(tmp_path), "--model", "mistral"], iter([False, False, True])
