@@ -62,6 +62,7 @@ TABLE = {
     "PPO, 3 x updates": ("ppo", "--updates=180"),
     "PPO, 2 x updates": ("ppo", "--updates=120"),
     "DR-PO, 2 x updates": ("drpo", "--updates=120"),
+    "DR-PO, 3 x updates": ("drpo", "--updates=180"),
     "RLOO": ("ppo", "--advantages=rloo"),
     "roll-in by SFT": ("drpo", "--reset_to=sft"),
     "DR-PO": ("drpo", ""),
