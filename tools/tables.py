@@ -204,7 +204,7 @@ TABLES |= {f"lock {part}": functools.partial(lock, part) for part in ("beta", "p
 TABLES |= {
     "budget": lambda: text(BUDGET),
     "text": lambda: text(MAIN),
-    "dpo": lambda: text(("DPO", "DPO, 3 x updates", "DR-PO"), "other_processor"),
+    "dpo": lambda: text(("DPO", "DPO, 3 x updates", "DR-PO", "DR-PO, 3 x updates"), "other_processor"),
     "optimisers": lambda: text(OTHERS),
 }
 
