@@ -1,4 +1,5 @@
-"""Runs of an experiment: one line of a .jsonl file each, several processes at a time. The same command resumes."""
+"""Runs of an experiment: one line of a .jsonl file each, several processes at a time. The same command resumes, and does not
+ask which code made the lines that are there: after a change to the code name another --out."""
 
 import json
 import multiprocessing
@@ -34,7 +35,7 @@ def work(execute, tasks, path):
 
 def carry_out(execute, groups, path, jobs, threads=1):
     """Groups of tasks, `jobs` groups at a time, each in a process with so many threads. A task that has its line in the file is
-    not done again. -> the runs of the tasks, in their order. Exit status 2 if the file cannot be written"""
+    not done again. -> the runs of the tasks, in their order. Exit status 2 if the file cannot be written."""
     with drpo.blame(f"--out {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         done = read(path)
