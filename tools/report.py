@@ -29,7 +29,6 @@ METRICS = {  # key: title, decimals
     "response_tokens": ("tokens", 1), "eos_rate": ("EOS rate", 2),
 }
 IN_TERMINAL = ("win_rate", "rm_score", "kl", "rouge_l", "response_tokens", "eos_rate")
-FOUND = 0.375  # toy_text:gate: always writing the full summary wins about 0.75; a run below half of that has not found it
 
 # The paper's results with Pythia-2.8B, win rates by GPT-4: Table 1, ± over 3 seeds, and Table 3
 PAPER_KEYS = ("win_rate", "rm_score", "kl", "rouge_1", "rouge_2", "rouge_l")
@@ -413,12 +412,6 @@ def write_seeds(run, folders):
     }
     (run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     short, full = [method_rows(report["methods"], keys, ["win_rate"]) for keys in (IN_TERMINAL, METRICS)]
-    if report["settings"].get("dataset") == "toy_text:gate":  # on other data FOUND means nothing
-        cells = [f"found: seeds >= {FOUND:.2f} [exact 95 %]"]
-        for name in names:
-            hits = [win >= FOUND for win in wins[name] if win is not None]
-            cells.append(f"{sum(hits)}/{len(hits)} {bracket(clopper_pearson(sum(hits), len(hits)), 2)}")
-        short, full = [[[*row, cell] for row, cell in zip(rows, cells)] for rows in (short, full)]
     notes = [f"mean ± standard deviation (min-max) [95 % t-interval] over seeds {', '.join(map(str, seeds))}"]
     if gain := report["differences"].get("drpo - ppo"):
         each = ", ".join(number(value, 3) for value in gain["values"])
