@@ -25,7 +25,7 @@ One row: a query of 4 tokens, a reset of 2, EOS sampled at t = 4, T = 6. Padding
 
 The main differences from the paper (P) and the official code (C); docs/paper.md has all of them. N+ is arXiv 2403.17031.
     1  One mask in every term and mean: the policy's tokens up to EOS, as in Alg. 1. C masks prefixes in the policy loss only.
-    2  Prefixes: 1..n tokens as in C; `--reset_include_prompt`: 0..n as in P, Alg. 3. The critic's head is trained; C's is not.
+    2  Prefixes: 1..n tokens as in C; `--reset_include_prompt`: 0..n (P, Alg. 3). Critic: its head is trained; C's is not.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ import copy
 import csv
 import dataclasses
 import functools
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -60,7 +61,7 @@ from transformers.hf_argparser import HfArg
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, and the shapes of rollouts change
 
 # ---- 1. Settings. The defaults are those of the paper's TL;DR run (Table 5). Precedence: command line, preset, defaults ------
-# Each name starts a block of fields of Settings; those before `seed` change no result. USES: which blocks a stage depends on
+# Each name starts a block of fields of Settings; those before `seed` change no training. USES: which blocks a stage depends on
 BLOCKS = {"seed": "data", "sft_steps": "sft", "rm_model": "rm", "updates": "po", "batch_size": "rl", "dpo_beta": "dpo"}
 USES = {"sft": "data sft", "rm": "data sft rm", "dpo": "data sft po dpo"} | dict.fromkeys(["ppo", "drpo"], "data sft rm po rl")
 TLDR = "vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144"
@@ -254,7 +255,7 @@ def encode_query(prompt, tokenizer, length):
         if len(ids) <= length or not post:  # a BOS stays
             bos = ids[:1] if len(ids) > length and ids[0] == getattr(tokenizer, "bos_token_id", None) else []
             return bos + ids[max(0, len(ids) - length + len(bos)) :]
-        post = post[: post.rfind("\n") if "\n" in post else -max(1, (len(ids) - length) // 4)]  # a character is 1 to 4 tokens
+        post = post[: post.rfind("\n") if "\n" in post.strip() else -max(1, (len(ids) - length) // 4)]  # a letter: 1 to 4 ids
 
 
 def encode_response(text, tokenizer, length):  # -> ids of " " + text + EOS; where it is cut, the EOS is lost, as in C
@@ -300,8 +301,8 @@ def few(rows, size, s, stream):  # at most `size` of the rows, drawn by the seed
 
 
 # ---- 3. Models ---------------------------------------------------------------------------------------------------------------
-# Four roles from two frozen networks:      policy = SFT network + LoRA           reference = SFT network
-#                                            critic = RM network + LoRA + head     reward    = RM network + its own head
+# Four roles from two networks, frozen: policy = SFT network + LoRA           reference = SFT network
+# (without LoRA they are copies)         critic = RM network + LoRA + head     reward    = RM network + its own head
 def load(loader, name, s, **kwargs):  # from a Hub name, a folder or a module:function; a model's own code is never run
     with blame(f"{name}: cannot be loaded"):
         function = resolve(name, seed=s.seed)
@@ -310,6 +311,7 @@ def load(loader, name, s, **kwargs):  # from a Hub name, a folder or a module:fu
 
 def load_network(name, s, cls=AutoModelForCausalLM, trained=False, **kwargs):  # eval mode, always: no dropout
     dtype = torch.float32 if trained else getattr(torch, s.dtype)
+    gc.collect()  # checkpointed and compiled layers hold themselves: those of the last stage would stay in memory
     with torch.no_grad(), blame(f"--model {name}: cannot be used"):
         network = load(cls, name, s, dtype=dtype, **kwargs).to(s.device, torch.float32 if trained else None).eval()
         if cls is AutoModelForCausalLM:  # left padding and a cache, as in rollouts, must give the logits of a plain pass
@@ -517,8 +519,7 @@ def rollout(policy, queries, prefixes, uniforms, tokenizer, s, temperature):
                 tokens, mask = tokens[keep], mask[keep]
             rows, mask = [rows[k] for k in left], F.pad(mask, (0, 1), value=True)
     if processes > 1:
-        parts = [None] * processes
-        dist.all_gather_object(parts, responses)
+        dist.all_gather_object(parts := [None] * processes, responses)
         responses = [max(versions, key=len) for versions in zip(*parts)]  # the process that decoded a row has the longest
     return responses
 
@@ -634,7 +635,11 @@ def train_sft(s):  # supervised fine-tuning: cross-entropy over query and respon
     tokenizer, begun = load(AutoTokenizer, s.tokenizer or s.model, s), Path(s.run_dir, "sft", "checkpoint.pt").exists()
     network = load_network(s.model, s, trained=not s.supervised_lora_r)
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
-    rm_config = transformers.AutoConfig.from_pretrained(s.rm_model).get_text_config() if s.rm_model else config
+    with blame(f"--model {s.model} or --rm_model {s.rm_model}: cannot be a reward model or trained with LoRA (use --lora_r 0)"):
+        rm_config = transformers.AutoConfig.from_pretrained(s.rm_model).get_text_config() if s.rm_model else config
+        with torch.device("meta"):  # tried before anything trains
+            _ = AutoModelForSequenceClassification.from_config(rm_config).score
+        add_lora(network, s.lora_r, s.seed, "trial").unload().requires_grad_(True) if s.lora_r else None
     room = min(getattr(x, f"{key}max_position_embeddings", math.inf) for x in (config, rm_config) for key in ("", "original_"))
     if getattr(tokenizer, "eos_token_id", None) is None:
         stop(f"--tokenizer {s.tokenizer or s.model}: is no tokenizer, or has no end-of-text token")
@@ -642,10 +647,6 @@ def train_sft(s):  # supervised fine-tuning: cross-entropy over query and respon
         stop(f"--model {s.model} or --rm_model: {room} positions for {longest}, {known} tokens for {len(tokenizer)} needed")
     if shutil.disk_usage(s.run_dir).free < network.num_parameters() * (4 if s.supervised_lora_r else 16 if begun else 28):
         stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
-    with blame(f"--model {s.model} or --rm_model: cannot be a reward model, or be trained with LoRA (then use --lora_r 0)"):
-        with torch.device("meta"):  # tried before anything trains
-            _ = AutoModelForSequenceClassification.from_config(rm_config).score
-        add_lora(network, s.lora_r, s.seed, "trial").unload().requires_grad_(True) if s.lora_r else None
     if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < config.vocab_size:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # apart from EOS, in a spare row of the embedding
     network.config.update(ends := {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id})
@@ -735,7 +736,7 @@ def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer
 
 def drpo_update(roles, optimizer, rows, update, tokenizer, s, where):  # Alg. 1, lines 3 to 6 -> metrics, all floats
     B, T, is_gae, laps = s.batch_size, s.response_length, s.advantages == "gae", [lap(s)]
-    tolerance = 1e-4 if s.dtype == "float32" else 0.1  # nats: above what rounding does
+    tolerance = 1e-4 if s.dtype == "float32" else 1.0 if s.compile else 0.1  # nats: above what rounding does
     batch = reset_rollouts(roles, rows, update, tokenizer, s)  # lines 3 and 4
     has_eos, mask = batch["has_eos"], token_mask(batch["reset_len"], batch["response_len"], T)
     laps.append(lap(s))
@@ -876,6 +877,8 @@ def evaluate(s):  # -> samples.jsonl, report.json: win rate over references (tie
     rows = few(load_rows(s.dataset, "reference", seed := uses["sft"]["seed"])[1], s.eval_samples, s, "eval")  # of its split
     for method, other in ((x, y) for x in USES if x in done for y in NEEDS[x] if uses[x][y] != done[y]["seconds"]):
         stop(f"{run / method} was trained on another {run / other}: delete it, and train it anew")
+    if unlike := {k: v for x in uses.values() for k, v in x.items() if k != "beta" and getattr(s, k, v) != v}:
+        print(f"eval: training had other settings: {unlike}")
     samples = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
     for method in tqdm([stage for stage in USES if stage != "rm" and stage in done], desc="eval", unit="method"):
         is_lora = method != "sft" and (adapter := run / method / "adapter").exists()  # as in training: applied, or all float32
@@ -895,20 +898,18 @@ def results(run):  # -> {stage: what it returned, and its seconds}, of all finis
     return {path.parent.name: json.loads(path.read_text()) for path in Path(run).glob("*/result.json")}
 
 
-def write_report(run, samples, settings, judge):  # samples.jsonl, report.json and a table
-    done = results(run)
+def write_report(run, samples, settings, judge):  # samples.jsonl, report.json, a table; with tools/ figures, and over seeds
+    done, text = results(run), []
     seconds = {stage: done[stage].pop("seconds") for stage in USES if stage in done}
     report = {"judge": judge, "prompts": len(samples), "settings": settings, "seconds": seconds, "methods": {}}
-    lines = [f"judge: {judge}, on {len(samples)} held-out prompts; reward model accuracy {done['rm']['accuracy']:.3f}"]
     for name in [name for name in USES if name in samples[0]]:
         columns = {key: [row[name][key] for row in samples] for key in samples[0][name] if key != "response"}
         of = report["methods"][name] = {key: mean(column) for key, column in columns.items()}
         of["win_rate_ci95"] = wilson(columns["win_rate"])
-        lines.append(f"{name:5}" + "".join(f"   {key} {x:.3f}" for key, x in of.items() if isinstance(x, float)))
+        text.append(f"{name:5}" + "".join(f"   {key} {x:.3f}" for key, x in of.items() if isinstance(x, float)))
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     save_whole(report | {"sft": done["sft"], "rm": done["rm"]}, run / "report.json")
-    tool = Path(__file__).with_name("tools") / "report.py"  # figures and a table, over several seeds too, if it is there
-    print(importlib.import_module("tools.report").write(run) if tool.exists() else "\n".join(lines))
+    print(importlib.import_module("tools.report").write(run) if Path(__file__).with_name("tools").exists() else "\n".join(text))
 
 
 # ---- 9. Running --------------------------------------------------------------------------------------------------------------
@@ -925,18 +926,16 @@ def inputs(stage, s):  # -> {name: value}: all that the stage depends on; stops 
         new[f"rows of {name}"] = hashlib.sha256(repr(load_rows(getattr(s, name), kind, s.seed)).encode()).hexdigest()[:16]
     new |= {x: done[x]["seconds"] if x in done else None for x in NEEDS[stage]}  # a fingerprint of that run; None: yet to come
     new |= {x.name: x.stat().st_mtime for x in Path({"sft": s.model, "rm": s.rm_model}.get(stage) or "-").glob("*.safetensors")}
-    begun = path.exists() and (stage in done or path.with_name("checkpoint.pt").exists())
-    old = json.loads(path.read_text()) if begun else new
+    old = json.loads(path.read_text()) if path.exists() and (stage in done or path.with_name("checkpoint.pt").exists()) else new
     if changed := [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]:
         stop(f"{path.parent} was made with other settings ({'; '.join(changed)}): name another --run_dir or delete it")
     return new
 
 
 def preflight(stages, s):  # what a later stage needs is tried before the first one trains; train_sft tries the model
-    with blame(f"--run_dir {s.run_dir}, --device {s.device} or --rm_model {s.rm_model}"):
+    with blame(f"--run_dir {s.run_dir} or --device {s.device}"):
         torch.empty(0, device=s.device)
         Path(s.run_dir).mkdir(parents=True, exist_ok=True)
-        transformers.AutoConfig.from_pretrained(s.rm_model) if "rm" in stages and s.rm_model else None
     for i, stage in enumerate(stages):
         for needed in (x for x in NEEDS[stage] if x not in [*stages[:i], *results(s.run_dir)]):
             stop(f"{stage} needs {s.run_dir}/{needed}; train {needed} first, with the same --preset, --run_dir and settings")
@@ -958,12 +957,13 @@ def run_stage(stage, s):  # a finished stage is kept, an interrupted one resumes
     dist.barrier() if world()[1] > 1 else None
 
 
-def parse(argv):  # -> (stage, Settings); the command line goes before the preset, and that before the defaults
+def parse(argv):  # -> (stage, Settings): command line, preset, defaults. A --model that is named has its own tokenizer
     parser = transformers.HfArgumentParser(Settings, prog="drpo.py", allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("stage", nargs="?", default="all", help="sft, rm, dpo, ppo, drpo, eval or all")
     parser.error = stop
-    preset = (re.findall(r"(?<!\S)--preset[= ](\S+)", " ".join(argv)) or ["tiny"])[-1]
-    parser.set_defaults(preset=preset, **PRESETS.get(preset, {}))
+    given = {"preset": "tiny", "model": ":"} | dict(re.findall(r"(?<!\S)--(preset|model)[= ](\S+)", " ".join(argv)))
+    own = {} if ":" in given["model"] else {"tokenizer": ""}
+    parser.set_defaults(preset="tiny", **PRESETS.get(given["preset"], {}) | own)
     s, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown or rest.stage not in [*STAGES, "eval", "all"]:
         stop(f"nothing takes {' '.join(unknown) or rest.stage}; see --help")

@@ -87,6 +87,12 @@ def test_precedence_is_command_line_preset_default():
     assert (s.preset, s.lr, s.epochs, s.gamma) == ("tiny", 0.5, drpo.PRESETS["tiny"]["epochs"], drpo.Settings().gamma)
 
 
+def test_a_model_that_is_named_has_its_own_tokenizer():
+    own = {"": "toy_text:bpe_tokenizer", "--model toy_text:tiny_pythia": "toy_text:bpe_tokenizer", "--model=here": ""}
+    own |= {"--model there --tokenizer here": "here", "--model EleutherAI/pythia-14m": "", "--preset tldr": ""}
+    assert {words: drpo.parse(words.split())[1].tokenizer for words in own} == own
+
+
 # ---- Bad input ---------------------------------------------------------------------------------------------
 def cases(table):  # those between the bars, below the first line
     return [case for line in table.splitlines()[1:] for case in line.split(" | ")]

@@ -213,6 +213,7 @@ def encoded(prompt, length, tokenizer=LETTERS):
 ONE = HEAD.replace("\n\n", "\n")
 LONG = {  # a prompt, and what is left of it when it may not be so long
     f"{HEAD} {'x' * 9}{TAIL}": f"{HEAD} {'x' * 8}{TAIL}",
+    f"{HEAD}\n{'x' * 9}{TAIL}": f"{HEAD}\n{'x' * 8}{TAIL}",
     f"{HEAD} see POST: no\ntwo{TAIL}": f"{HEAD} see POST: no{TAIL}",
     f"{HEAD} one{TAIL} no\ntwo{TAIL}": f"{HEAD} one{TAIL} no{TAIL}",
     f"REPOST: {HEAD} a\nb{TAIL}": f"REPOST: {HEAD} a{TAIL}",

@@ -68,6 +68,13 @@ def test_held_out_figures_in_training_are_those_of_eval(start, tmp_path, monkeyp
     assert last == conftest.log_of(without / "drpo")[-1]  # looking changes nothing
 
 
+def test_eval_names_the_settings_that_training_had(copy, capsys):
+    evaluated(copy, "--judge=rm", "--eval_samples=5")
+    assert "other settings" not in capsys.readouterr().out
+    evaluated(copy, "--temperature=2")
+    assert "training had other settings: {'temperature': 1.0}\n" in capsys.readouterr().out
+
+
 def test_weights_trained_in_float32_are_evaluated_in_float32(copy, monkeypatch):
     seen, rate, s = set(), drpo.rate, settings(copy, "--dtype=bfloat16")
 

@@ -3,8 +3,10 @@
 Networks have two layers with random weights, so large that distributions are far from uniform."""
 
 import dataclasses
+import gc
 import random
 import shutil
+import weakref
 
 import conftest
 import pytest
@@ -104,6 +106,19 @@ def test_the_frozen_twin_stays_the_network_that_it_was(monkeypatch, lora_r, chec
     with torch.no_grad():
         assert torch.equal(drpo.sequence_logprobs(reference, BATCH), wanted)
     assert (drpo.sequence_logprobs(policy, BATCH) - wanted).abs().min() > 0.1  # and the adapter is on again
+
+
+def test_the_next_network_finds_the_last_one_gone(monkeypatch):
+    network = loaded(monkeypatch, tiny("gpt_neox"), checkpoint_activations=True)
+    weight = weakref.ref(network.base_model.layers[0].attention.dense.weight)
+    del network
+    monkeypatch.undo()  # it held the network too
+    gc.disable()
+    try:
+        loaded(monkeypatch, tiny("gpt_neox"))
+    finally:
+        gc.enable()
+    assert weight() is None
 
 
 def test_adapters_are_trained_alone_and_depend_on_seed_and_role():
