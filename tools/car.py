@@ -12,15 +12,13 @@ table. "Solved": 100 episodes of the mean action in gymnasium return at least 90
 Settings were searched, on other seeds, until DR-PO worked and PPO did not: an existence proof.
 """
 
-import argparse
 import copy
-import importlib.util
 import time
 from collections import namedtuple
 from functools import lru_cache, partial
-from pathlib import Path
 from statistics import mean
 
+import gymnasium
 import torch
 from torch import nn
 
@@ -192,7 +190,7 @@ def learn(seed, method="ppo", rests=False, network=False, halves=False, **settin
 
 @torch.no_grad()
 def evaluate(policy, episodes=100):  # the mean action in gymnasium itself -> mean return, share that arrives
-    env, total, arrived = importlib.import_module("gymnasium").make("MountainCarContinuous-v0"), 0.0, 0
+    env, total, arrived = gymnasium.make("MountainCarContinuous-v0"), 0.0, 0
     for episode in range(episodes):
         (state, _), t, terminated = env.reset(seed=episode), 0, False
         while t < T and not terminated:
@@ -220,15 +218,9 @@ def cells(lines):  # of runs.jsonl -> rows for `report.table`, over the seeds
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.car", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(300, 310), help="default: 300 ... 309")
+    parser = experiment.options("car", __doc__, "runs/car", range(300, 310), jobs=1)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="NAME", help=f"of {'; '.join(ROWS)}")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/car"), help="folder for the results")
-    parser.error = drpo.stop
     args = parser.parse_args(argv)
-    if args.jobs < 1 or not importlib.util.find_spec("gymnasium"):
-        drpo.stop("--jobs must be at least 1" if args.jobs < 1 else "needs gymnasium: pip install gymnasium==1.4.0")
     groups = [[{"run": row, "seed": seed}] for seed in args.seeds for row in args.rows]
     print(report.table(cells(experiment.carry_out(execute, groups, args.out / "runs.jsonl", args.jobs))))
 

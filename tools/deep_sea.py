@@ -11,11 +11,9 @@ policy knows what the actions do and nothing about the goal. The reward is a tab
 solved when the exact value of its policy passes 0.9. Each is a line of OUT/runs.jsonl; the same command resumes.
 """
 
-import argparse
 import functools
 import importlib.util
 from itertools import product
-from pathlib import Path
 
 import torch
 
@@ -141,15 +139,11 @@ def cells(lines):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.deep_sea", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(300, 305)))
+    parser = experiment.options("deep_sea", __doc__, "runs/deep_sea", range(300, 305), jobs=2)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 20, 30])
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("runs/deep_sea"))
-    parser.error = drpo.stop
     args = parser.parse_args(argv)
-    if min(args.jobs, *args.sizes) < 1:
-        drpo.stop("--jobs and --sizes: must be at least 1")
+    if min(args.sizes) < 1:
+        drpo.stop("--sizes: must be at least 1")
     if not importlib.util.find_spec("bsuite"):
         drpo.stop("needs bsuite: pip install bsuite==0.3.6")
     groups = [[{"row": row, "N": N, "seed": seed}] for seed, N, row in product(args.seeds, args.sizes, ROWS)]

@@ -1,13 +1,25 @@
 """Runs of an experiment: one line of a .jsonl file each, several processes at a time. The same command resumes, and does not
 ask which code made the lines that are there: after a change to the code name another --out."""
 
+import argparse
 import json
 import multiprocessing
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 import drpo
+
+
+def options(module, doc, out, seeds, jobs):
+    """-> a parser of the options that all experiments take, with these defaults, for `python -m tools.MODULE`."""
+    parser = argparse.ArgumentParser(prog=f"python -m tools.{module}", description=doc.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=f"default: {', '.join(map(str, seeds))}")
+    parser.add_argument("--jobs", type=int, default=jobs, help="processes at a time (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder for the results (default: %(default)s)")
+    parser.error = drpo.stop
+    return parser
 
 
 def read(path):
@@ -36,6 +48,8 @@ def work(execute, tasks, path):
 def carry_out(execute, groups, path, jobs, threads=1):
     """Groups of tasks, `jobs` groups at a time, each in a process with so many threads. A task that has its line in the file is
     not done again. -> the runs of the tasks, in their order. Exit status 2 if the file cannot be written."""
+    if jobs < 1:
+        drpo.stop(f"--jobs {jobs}: must be at least 1")
     with drpo.blame(f"--out {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         done = read(path)

@@ -14,7 +14,6 @@ table and, for `coverage` and `unpenalised`, OUT/PART.png. `full` is the share o
 held-out posts at temperature 0.7. A run has found it if that is at least one half. Models stay in --scratch.
 """
 
-import argparse
 import contextlib
 import functools
 import io
@@ -267,16 +266,13 @@ def draw_unpenalised(rows, path):
 FIGURES = {"coverage": draw_coverage, "unpenalised": draw_unpenalised}
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m tools.text_sweep", description=__doc__.partition("\n")[0])
+def main(argv=None):
+    parser = experiment.options("text_sweep", __doc__, "runs/text", range(120, 132), jobs=2)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(120, 132)))
     parser.add_argument("--runs", nargs="+", help="only these; default: all of the part")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each")
-    parser.add_argument("--out", type=Path, default=Path("runs/text"))
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--scratch", type=Path, default=Path("runs/text/models"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = args.runs or PARTS[args.part]
     done = read(args.out, args.part)  # with those of `table`
     groups = [[{"run": name, "seed": seed} for name in names if (name, seed) not in done] for seed in args.seeds]

@@ -7,12 +7,10 @@ Each run is a line of DIR/sweep.jsonl (tuning.jsonl) when it is done, and the sa
 Then come tables.
 """
 
-import argparse
 import functools
 import math
 import os
 from itertools import product
-from pathlib import Path
 from statistics import mean, median
 
 import torch
@@ -30,6 +28,7 @@ PARTS = {  # title and further columns of each part's table
     "locks": ("Locks on which PPO keeps more of its coverage, H = 20", []),
     "tune": ("PPO's own grid, H = 20", []),
 }
+JOBS = min(8, os.cpu_count())
 GROWTH = ("PPO", "PPO, tuned", "PPO, count bonus", "DR-PO", "DR-PO with RLOO", "DR-PO with NPG (Algorithm 3)")
 
 
@@ -103,11 +102,6 @@ def execute(run):
     return result | (reward_error(run["seed"], run["H"], run["pairs"]) if run["part"] == "pairs" else {})
 
 
-def carry_out(plan, path):
-    """The runs of a plan, with their results: lines of the file `path`. A process per core."""
-    return experiment.carry_out(execute, [[run] for run in plan], path, min(8, os.cpu_count()))
-
-
 # ---- 2. Tables ---------------------------------------------------------------------------------------------------------------
 def by_name(results, part):
     """{name: its runs}, of one part."""
@@ -126,38 +120,32 @@ def cells(lines, extra=()):
     return rows
 
 
-def show(results):
-    """Prints a table for each part."""
-    for part, (title, extra) in PARTS.items():
-        if lines := by_name(results, part):
-            print(f"\n{title}\n\n{report.table(cells(lines, extra))}")
-
-
-def sweep(seeds, out):
-    """The whole sweep on these seeds -> exit status 0. Everything goes to the folder `out`."""
-    results = carry_out(plan(list(seeds)), out / "sweep.jsonl")
-    show(results)
-    return 0
-
-
 def score(mine):
     return sum(run["solved"] is not None for run in mine), mean(run["value"] for run in mine)
 
 
+def show(results):
+    """Prints a table for each part; of PPO's grid the best come first."""
+    for part, (title, extra) in PARTS.items():
+        if lines := by_name(results, part):
+            best = sorted(lines, key=lambda name: score(lines[name]), reverse=True) if part == "tune" else lines
+            print(f"\n{title}\n\n{report.table(cells({name: lines[name] for name in best}, extra))}")
+
+
+def sweep(seeds, out, tune=False, jobs=JOBS):
+    """The whole sweep on these seeds, or PPO's grid -> exit status 0. Everything goes to the folder `out`."""
+    path, runs = (out / "tuning.jsonl", grid(seeds)) if tune else (out / "sweep.jsonl", plan(seeds))
+    show(experiment.carry_out(execute, [[run] for run in runs], path, jobs))
+    return 0
+
+
 def main(argv=None):
     """The sweep, or with --tune the grid -> exit status 0."""
-    parser = argparse.ArgumentParser(prog="python -m tools.toy_sweep", description="The sweep of the detour lock.")
-    parser.add_argument("--tune", action="store_true", help="PPO's own grid instead of the sweep")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 100 ... 109; --tune: 0 1")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder for the results (default: %(default)s)")
-    parser.error = lambda message: parser.exit(2, f"toy_sweep.py: {message}\n")
+    parser = experiment.options("toy_sweep", __doc__, "runs/toy", range(100, 110), JOBS)
+    parser.add_argument("--tune", action="store_true", help="PPO's own grid instead of the sweep, by default on seeds 0 1")
+    parser.set_defaults(seeds=None)
     args = parser.parse_args(argv)
-    if not args.tune:
-        return sweep(args.seeds or range(100, 110), args.out)
-    results = carry_out(grid(args.seeds or [0, 1]), args.out / "tuning.jsonl")
-    best = sorted(by_name(results, "tune").values(), key=score, reverse=True)
-    show([run for mine in best for run in mine])
-    return 0
+    return sweep(args.seeds or ([0, 1] if args.tune else range(100, 110)), args.out, args.tune, args.jobs)
 
 
 if __name__ == "__main__":
