@@ -93,6 +93,6 @@ def test_a_sample_stands_beside_its_reference(tmp_path, capsys, monkeypatch):
     show.main([str(run), "--sample", "2"])
     sys.stdout.flush()
     text = sys.stdout.buffer.getvalue().decode()
-    assert "    POST: number 2\n" in text and "reference\n    told 2\n" in text and "DR-PO\n    na?ve ?\n" in text
-    assert text.splitlines()[-1].split() == ["DR-PO", "0.5", "2.00", "2.50", "0.20", "10", "yes"]
+    assert "    POST: number 2\n" in text and "    reference: told 2\n" in text and "RM score 2.00): na?ve ?\n" in text
+    assert text.splitlines()[-1].split() == ["DR-PO", "0.500", "2.00", "2.50", "0.200", "10.0", "1.00"]
     assert text.splitlines()[-2].split()[:2] == ["SFT", "-"]

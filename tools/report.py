@@ -200,14 +200,13 @@ def difference_rows(differences):
     return rows
 
 
-def sample_posts(samples, methods):
-    """The first three held-out posts with the response of each method, as indented (verbatim) Markdown blocks."""
-    for i, row in enumerate(samples[:3], 1):
-        lines = [*row["prompt"].splitlines(), "", f"reference: {row['reference']}"]
-        for name in methods:
-            win, score = number(row[name]["win_rate"], 2), number(row[name]["rm_score"], 2)
-            lines += ["", f"{label(name)} (win {win}, RM score {score}): {row[name]['response']}"]
-        yield f"### Post {i}\n\n" + textwrap.indent("\n".join(textwrap.fill(line, 110) for line in lines), "    ")
+def post_and_responses(row):
+    """A row of samples.jsonl: the post with the reference and the response of each method, an indented (verbatim) block."""
+    lines = [*row["prompt"].splitlines(), "", *f"reference: {row['reference']}".splitlines()]
+    for name in methods_in([row]):
+        win, score = number(row[name]["win_rate"], 2), number(row[name]["rm_score"], 2)
+        lines += ["", *f"{label(name)} (win {win}, RM score {score}): {row[name]['response']}".splitlines()]
+    return textwrap.indent("\n".join(textwrap.fill(line, 110) for line in lines), "    ")
 
 
 # ---- 3. Figures. `folders`: one per seed; `tables`: what `figures_of` gives of each ------------------------------------------
@@ -383,7 +382,7 @@ def write_single(run):
         "Paired bootstrap over prompts, 10,000 resamples. The intervals hold for these trained networks, not for another seed.",
         table(difference_rows(differences), markdown=True),
         "## The first held-out posts",
-        *sample_posts(samples, methods),
+        *(f"### Post {i}\n\n{post_and_responses(row)}" for i, row in enumerate(samples[:3], 1)),
     ]
     publish(run, [run], [methods], methods, report, parts)
     return "\n".join([table(method_rows(methods, IN_TERMINAL, ["win_rate"])), *notes])

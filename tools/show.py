@@ -11,7 +11,6 @@
 import argparse
 import dataclasses
 import sys
-import textwrap
 from itertools import groupby
 from pathlib import Path
 from unittest.mock import patch
@@ -22,7 +21,6 @@ import drpo
 from tools import report
 
 KEPT = 3  # tokens shown of either end of a query
-FIGURES = {"win": ("win_rate", 1), "RM score": ("rm_score", 2), "KL": ("kl", 2), "ROUGE-L": ("rouge_l", 2)}  # decimals
 
 
 def print_row(title, ids, roles, columns, tokenizer):
@@ -116,16 +114,9 @@ def show_sample(run, number):
     samples = report.read(run / "samples.jsonl", lines=True)
     if number >= len(samples):
         drpo.stop(f"--sample {number}: {run}/samples.jsonl has {len(samples)} rows")
-    row, cells = samples[number], [["", *FIGURES, "tokens", "EOS"]]
-    texts = {"prompt": row["prompt"], "reference": row["reference"]}
-    for name in report.methods_in([row]):
-        of = row[name]
-        figures = [report.number(of[key], digits) for key, digits in FIGURES.values()]
-        cells.append([report.label(name), *figures, str(of["response_tokens"]), "yes" if of["eos_rate"] else "NO"])
-        texts[report.label(name)] = of["response"]
-    for name, text in texts.items():
-        print(name + "\n" + "\n".join(textwrap.indent(textwrap.fill(line, 110), "    ") for line in text.splitlines()) + "\n")
-    print(report.table(cells))
+    row = samples[number]
+    methods = {name: row[name] for name in report.methods_in([row])}
+    print(f"{report.post_and_responses(row)}\n\n{report.table(report.method_rows(methods, report.IN_TERMINAL, []))}")
 
 
 def recorded(run):
