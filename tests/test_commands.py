@@ -157,8 +157,8 @@ BAD_FOR_TOOLS = """  the line has the last word of the command, or what stands a
 toy_env --quick --full | toy_env --seeds oops | toy_env --nosuch | toy_env --out {shelf}/file: --out
 tools.toy_sweep --nosuch | tools.toy_sweep --seeds oops | tools.toy_sweep --out {shelf}/file: --out
 tools.planted --run=nowhere: nowhere/sft | tools.car --jobs 0: --jobs | tools.car --rows nothing
-tools.judge {shelf}/nowhere --model m: no samples.jsonl | tools.judge {shelf}/made: --model | tools.judge: RUN_DIR
-tools.show {shelf}/nowhere --sample 1: no samples.jsonl | tools.show {shelf}/made --sample 4: has 4 rows
+tools.judge {shelf}/nowhere --model m: nowhere/samples.jsonl | tools.judge {shelf}/made: --model | tools.judge: RUN_DIR
+tools.show {shelf}/nowhere --sample 1: nowhere/samples.jsonl | tools.show {shelf}/made --sample 4: has 4 rows
 tools.show {shelf}/made --sample -1: count from 0 | tools.show {shelf}/made --beta 1: --beta 1 | tools.show: RUN_DIR
 tools.show row --run_dir none: none/sft | tools.show data --row 16: --row 16 | tools.show data --row oops
 tools.show data --beta 2: --beta 2 | tools.bench --iterations 0: --iterations 0 | tools.bench --micro_batch few

@@ -172,8 +172,6 @@ def main(argv=None):
     parser.add_argument("--max_tokens", type=int, default=1024, help="budget of one reply, thoughts included (default: 1024)")
     parser.error = drpo.stop
     args = parser.parse_args(argv)
-    if not (args.run / "samples.jsonl").exists():  # a run over seeds has them in its seed_K folders
-        drpo.stop(f"{args.run}: has no samples.jsonl; make it with: python drpo.py eval, or name a run's seed_K folder")
     samples, settings = report.read(args.run / "samples.jsonl", lines=True), report.read(args.run / "report.json")["settings"]
     try:
         api_judge([(row, row[name]) for name in report.methods_in(samples[:1]) for row in samples], settings["seed"], args)

@@ -58,17 +58,19 @@ T975 = [
 
 def fail(message):
     """One line on stderr, exit status 2."""
-    print(f"report.py: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.stderr.write(f"report.py: {' '.join(str(message).split())}\n")
     raise SystemExit(2)
 
 
 def read(path, lines=False):
-    """A JSON file -> its content; a .jsonl file -> the list of its objects."""
+    """A JSON file -> its content; a .jsonl file -> the list of its objects. Exit status 2 if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
     except ValueError as error:
         fail(f"{path}: not JSON ({error}); repair or delete it")
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; made by: python drpo.py eval. A run over seeds has it in each of its seed_K folders")
 
 
 def label(method):
@@ -436,8 +438,6 @@ def write(run_dir):
     folders = [path.parent for path in run.glob("seed_*/report.json")]
     if folders:
         return write_seeds(run, sorted(folders, key=lambda folder: (len(folder.name), folder.name)))  # seed_2, seed_10
-    if not (run / "report.json").exists():
-        fail(f"{run}: no report.json in it or in its seed_K folders; make it with: python drpo.py eval --run_dir {run}")
     text = write_single(run)
     several = run.name.startswith("seed_") and len(list(run.parent.glob("seed_*/report.json"))) > 1
     return f"{text}\n\n{write(run.parent)}" if several else text

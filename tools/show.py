@@ -109,8 +109,6 @@ def show_row(s, number):
 
 def show_sample(run, number):
     """Row `number` of samples.jsonl: prompt, reference, and every method's response with its figures."""
-    if not (run / "samples.jsonl").exists():
-        drpo.stop(f"{run}: has no samples.jsonl; make it with: python drpo.py eval --run_dir {run}")
     samples = report.read(run / "samples.jsonl", lines=True)
     if number >= len(samples):
         drpo.stop(f"--sample {number}: {run}/samples.jsonl has {len(samples)} rows")
