@@ -71,14 +71,10 @@ def grid(seeds):
 @functools.lru_cache(maxsize=1)
 def plain_problem(seed, H, A, keep):
     """As `toy_env.problem`, for the chain alone: a wrong action ends the episode. The data is right with probability `keep`."""
-    good, h = torch.randint(A, (H,), generator=drpo.generator(seed, "lock")), torch.arange(H)
-    transition, reward = torch.eye(3)[toy_env.END].repeat(H, 3, A, 1), torch.zeros(H, 3, A)
-    transition[h[:-1], toy_env.CHAIN, good[:-1]] = torch.eye(3)[toy_env.CHAIN]
-    reward[-1, toy_env.CHAIN, good[-1]] = 1.0
-    behaviour = torch.full((H, 3, A), 1 / A)
-    behaviour[:, toy_env.CHAIN] = (1 - keep) / (A - 1)
-    behaviour[h, toy_env.CHAIN, good] = keep
-    lock = toy_env.Lock(transition, reward, behaviour)
+    transition, reward, behaviour = lock = toy_env.detour_lock(H, A, seed=seed)
+    good = transition[:, toy_env.CHAIN, :, toy_env.CHAIN] + reward[:, toy_env.CHAIN] > 0  # (H, A)
+    transition[0, toy_env.CHAIN, ~good[0]] = torch.eye(3)[toy_env.END]  # in place of the corridor
+    behaviour[:, toy_env.CHAIN] = torch.where(good, keep, (1 - keep) / (A - 1))
     data = toy_env.collect(lock, behaviour, 100_000, drpo.generator(seed, "data"))
     pairs = toy_env.label(lock, data, drpo.generator(seed, "labels"))
     return lock, data, pairs, toy_env.clone(data, A), toy_env.fit_reward(data, pairs, A)
