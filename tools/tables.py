@@ -5,15 +5,15 @@
 NAME is one of TABLES below. A test fails where a table is older than its file.
 """
 
-import functools
 import json
 import re
+from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import toy_env
 from tools import car, deep_sea, experiment, text_sweep, toy_sweep
-from tools.report import bracket, spread, table
+from tools.report import table
+from tools.text_sweep import gap
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/results.md")
@@ -81,18 +81,18 @@ def critic():
     return rows
 
 
-def of_text(part, folder="text"):
-    """{run: its statistics} of a part of tools.text_sweep."""
-    return text_sweep.summarise(part, text_sweep.read(RESULTS / folder, part))
+def of_text(part, folder="text", shared=False):
+    """{run: its statistics} of a part of tools.text_sweep; shared: over the seeds that all its runs have."""
+    rows = text_sweep.read(RESULTS / folder, part)
+    if shared:
+        names = {name for name, _ in rows}
+        rows = {key: row for key, row in rows.items() if all((name, key[1]) in rows for name in names)}
+    return text_sweep.summarise(part, rows)
 
 
 def text(names, folder="text"):
     """Runs of the part `table`: mean and 95 % t-interval over seeds, exact intervals of shares."""
     return text_sweep.cells({name: of for name, of in of_text("table", folder).items() if name in names})
-
-
-def gap(of):
-    return f"{of['mean']:+.3f} {bracket(of['ci95'], 3)}"
 
 
 def coverage():
@@ -120,42 +120,38 @@ def replications():
             cells.append(f"{sum(full.values())}/{len(full)}")
             first.setdefault(name, full)
             differ += [f"{name} {seed}" for seed in full if full[seed] != first[name][seed]]
-        gaps = [text_sweep.paired(lines, "DR-PO", other, "win_rate") for other in others]
-        rows.append([*cells, *(gap(of) if of else "" for of in gaps), ", ".join(differ)])
+        gaps = [gap(text_sweep.paired(lines, "DR-PO", other, "win_rate")) for other in others]
+        rows.append([*cells, *gaps, ", ".join(differ)])
     return rows
 
 
-def values(of, name, key):
-    """A figure of a run, over the seeds that all runs of the part have."""
-    shared = set.intersection(*(set(one["seeds"]) for one in of.values()))
-    return [x for x, seed in zip(of[name][key]["values"], of[name]["seeds"]) if seed in shared]
-
-
-def cell(of, name):
-    """-> the cell "found/seeds; mean win rate; mean KL" of a run."""
-    full, win, kl = [values(of, name, key) for key in ("full", "win_rate", "kl")]
-    return f"{sum(x >= 0.5 for x in full)}/{len(full)}; {mean(win):.2f}; {mean(kl):.1f}"
+def cell(of):
+    """The statistics of a run -> "found/seeds; mean win rate; mean KL"."""
+    return f"{of['found']}/{len(of['seeds'])}; {of['win_rate']['mean']:.2f}; {of['kl']['mean']:.1f}"
 
 
 def models():
     """Reward models of other sizes and of another architecture."""
-    of, rows = of_text("models"), [["reward model and critic", "RM accuracy", "PPO: found; win rate; KL", "DR-PO"]]
+    of, rows = of_text("models", shared=True), [["reward model and critic", "RM accuracy", "PPO: found; win rate; KL", "DR-PO"]]
     rows[0].append("win rate, DR-PO − PPO")
     for kind, title in RM.items():
-        names = [f"{name}, RM {kind}" for name in ("PPO", "DR-PO")]
-        gaps = spread([b - a for a, b in zip(*[values(of, name, "win_rate") for name in names])])
-        cells = [f"{mean(values(of, names[0], 'rm_accuracy')):.3f}", *(cell(of, name) for name in names)]
-        rows.append([title, *cells, gap(gaps)])
+        ppo, ours = [of[f"{name}, RM {kind}"] for name in ("PPO", "DR-PO")]
+        cells = [f"{ppo['rm_accuracy']['mean']:.3f}", cell(ppo), cell(ours), gap(ours[f"win_rate minus PPO, RM {kind}"])]
+        rows.append([title, *cells])
     return rows
+
+
+def grid(corner, cells):
+    """{(beta, KL coefficient): cell} -> a line for each beta, a column for each coefficient."""
+    betas, coefficients = [sorted({key[i] for key in cells}) for i in (0, 1)]
+    rows = [[corner, *(f"KL coefficient {kl:g}" for kl in coefficients)]]
+    return rows + [[f"β = {beta:g}", *(cells[beta, kl] for kl in coefficients)] for beta in betas]
 
 
 def beta_lambda():
     """beta against the KL coefficient."""
-    of = of_text("beta_lambda")
-    betas, coefficients = [sorted({float(name.split()[i].strip(",")) for name in of}) for i in (1, 3)]
-    rows = [["found; win rate; KL", *(f"KL coefficient {kl:g}" for kl in coefficients)]]
-    rows += [[f"β = {b:g}", *(cell(of, f"beta {b:g}, KL {kl:g}") for kl in coefficients)] for b in betas]
-    return rows
+    of = {tuple(map(float, re.findall(r"[\d.]+", name))): one for name, one in of_text("beta_lambda", shared=True).items()}
+    return grid("found; win rate; KL", {key: cell(one) for key, one in of.items()})
 
 
 def of_lock(part):
@@ -181,11 +177,13 @@ def growth():
 
 def lock_beta_lambda():
     """The lock: seeds solved within the budget, by beta and KL coefficient."""
-    lines = of_lock("beta_lambda")
-    cells = {(runs[0]["beta"], runs[0]["kl_coef"]): toy_env.summary(runs)[0] for runs in lines.values()}
-    betas, coefficients = [sorted({key[i] for key in cells}) for i in (0, 1)]
-    rows = [["solved", *(f"KL coefficient {kl:g}" for kl in coefficients)]]
-    return rows + [[f"β = {beta:g}", *(cells[beta, kl] for kl in coefficients)] for beta in betas]
+    lines = of_lock("beta_lambda").values()
+    return grid("solved", {(runs[0]["beta"], runs[0]["kl_coef"]): toy_env.summary(runs)[0] for runs in lines})
+
+
+def runs(module, folder):
+    """What tools.car or tools.deep_sea prints."""
+    return module.cells(experiment.read(RESULTS / folder / "runs.jsonl"))
 
 
 RM = {"quarter": "GPT-NeoX, a quarter of the policy's size", "same": "GPT-NeoX, the policy's size"}
@@ -194,19 +192,13 @@ MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "PPO, KL 0.3", "DR-PO")
 BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates", "PPO, 3 x updates")
 OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.25", "DR-PO, beta 0.5")
 OTHERS += ("DR-PO, beta 1", "DR-PO, beta 1, 0..n")
+LONGER = ("DPO", "DPO, 3 x updates", "DR-PO", "DR-PO, 3 x updates")
 TABLES = {"critic": critic, "gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
-TABLES |= {"car": lambda: car.cells(experiment.read(RESULTS / "car" / "runs.jsonl"))}
-TABLES |= {"deep sea": lambda: deep_sea.cells(experiment.read(RESULTS / "deep_sea" / "runs.jsonl"))}
-TABLES |= {"coverage": coverage, "models": models}
-TABLES |= {"beta lambda": beta_lambda, "replications": replications}
-TABLES |= {"growth": growth, "lock beta lambda": lock_beta_lambda}
-TABLES |= {f"lock {part}": functools.partial(lock, part) for part in ("beta", "pairs", "locks")}
-TABLES |= {
-    "budget": lambda: text(BUDGET),
-    "text": lambda: text(MAIN),
-    "dpo": lambda: text(("DPO", "DPO, 3 x updates", "DR-PO", "DR-PO, 3 x updates"), "other_processor"),
-    "optimisers": lambda: text(OTHERS),
-}
+TABLES |= {"coverage": coverage, "models": models, "beta lambda": beta_lambda, "replications": replications}
+TABLES |= {"text": partial(text, MAIN), "budget": partial(text, BUDGET), "optimisers": partial(text, OTHERS)}
+TABLES |= {"dpo": partial(text, LONGER, "other_processor"), "growth": growth, "lock beta lambda": lock_beta_lambda}
+TABLES |= {f"lock {part}": partial(lock, part) for part in ("beta", "pairs", "locks")}
+TABLES |= {"car": partial(runs, car, "car"), "deep sea": partial(runs, deep_sea, "deep_sea")}
 
 
 def rewrite(page):

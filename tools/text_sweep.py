@@ -211,16 +211,20 @@ def summarise(part, rows):
     return results
 
 
+def gap(of):
+    """What `paired` gives -> a cell, empty where there is no interval."""
+    return f"{of['mean']:+.3f} {report.bracket(of['ci95'], 3)}" if of and of["ci95"] else ""
+
+
 def cells(results):
     """What `summarise` gives -> rows for `report.table`."""
     rows = [["method", "found", "share full", "win rate", "win rate − PPO", "gold score", "RM score", "KL", "tokens"]]
     for name, of in results.items():
-        found, gap = f"{of['found']}/{len(of['seeds'])} {report.bracket(of['found_ci95'], 2)}", of.get("win_rate minus PPO")
+        found = f"{of['found']}/{len(of['seeds'])} {report.bracket(of['found_ci95'], 2)}"
         win = f"{of['win_rate']['mean']:.3f} {report.bracket(of['win_rate']['ci95'], 3)}"
-        gap = f"{gap['mean']:+.3f} {report.bracket(gap['ci95'], 3)}" if gap and gap["ci95"] else ""
         numbers = {key: f"{of[key]['mean']:.2f}" for key in ("gold", "rm_score", "kl", "tokens")}
         numbers |= {"kl": ""} if name == "SFT on chosen" else {}  # that was to itself
-        rows.append([name, found, f"{of['full']['mean']:.3f}", win, gap, *numbers.values()])
+        rows.append([name, found, f"{of['full']['mean']:.3f}", win, gap(of.get("win_rate minus PPO")), *numbers.values()])
     return rows
 
 
