@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from conftest import make_run
 
-from tools import judge, report
+from tools import experiment, judge, report
 
 KEY = "sk-a-key-that-nobody-may-see-0123456789"
 GOOD = "Comparison: the first says more.\nPreferred: A"
@@ -221,10 +221,7 @@ def test_after_a_stop_only_what_is_missing_is_asked(server, tmp_path):
     path.write_bytes(path.read_bytes()[:-20])  # a crash tore the last of the five lines
     server.answer = longer
     assert server.judge(ITEMS[:12]) == [1.0, 0.0] * 6
-    assert len(server.bodies) == 6 + 8 and len(server.recorded()) == 12
-    path.write_text('{"key": "1", "verdict": "A"}\n{"key": "1", "verdict": "C"}\n')
-    with pytest.raises(ValueError, match="verdicts.jsonl: line 2 is not a verdict"):
-        server.judge(ONE)
+    assert len(server.bodies) == 6 + 8 and len(experiment.read(path)) == 12
 
 
 def test_the_command_judges_stored_samples_again(server, tmp_path, one_line, capsys, monkeypatch):

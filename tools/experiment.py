@@ -31,6 +31,13 @@ def read(path):
     return runs
 
 
+def end_line(path):
+    """Ends the last line of a file, if it was cut off. Makes the file, if there is none."""
+    with path.open("a+b") as file:
+        if file.tell() and path.read_bytes()[-1:] != b"\n":
+            file.write(b"\n")
+
+
 def found(task, runs):
     """The run whose line begins with this task, or None."""
     return next((run for run in runs if task.items() <= run.items()), None)
@@ -53,9 +60,7 @@ def carry_out(execute, groups, path, jobs, threads=1):
     with drpo.blame(f"--out {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         done = read(path)
-        with path.open("a+b") as file:
-            if file.tell() and path.read_bytes()[-1:] != b"\n":  # a line was cut off
-                file.write(b"\n")
+        end_line(path)
     missing = [[task for task in group if not found(task, done)] for group in groups]
     with multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (threads,)) as pool:
         pool.starmap(work, [(execute, tasks, path) for tasks in missing if tasks], chunksize=1)

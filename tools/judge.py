@@ -20,7 +20,7 @@ from huggingface_hub import InferenceClient
 from tqdm import tqdm
 
 import drpo
-from tools import report
+from tools import experiment, report
 
 # The paper's criteria in our own words. The fence is made from a hash of the texts, so no text can contain its own.
 PROMPT = """\
@@ -58,20 +58,6 @@ def connect(base_url=None):
     return InferenceClient(base_url=url, api_key=key or "no-key", timeout=300)  # without a key it would send a stored one
 
 
-def read_verdicts(path):
-    """verdicts.jsonl -> {question: "A", "B" or None}. Cuts off a last line that a crash left unfinished."""
-    path.touch()
-    (*lines, rest), verdicts = path.read_bytes().split(b"\n"), {}
-    os.truncate(path, path.stat().st_size - len(rest))
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            verdicts[record["key"]] = {"A": "A", "B": "B", None: None}[record["verdict"]]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: line {number} is not a verdict; repair or delete it") from None
-    return verdicts
-
-
 def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -103,7 +89,10 @@ def api_judge(said, seed, args):
     if lacking := [part for part in ("{prompt}", "{a}", "{b}", "Preferred:") if part not in template]:
         raise ValueError(f"{args.prompt} lacks {', '.join(lacking)}; replies end in 'Preferred: A' or 'Preferred: B'")
     client, path, lock, stopping = connect(args.base_url), args.run / "verdicts.jsonl", threading.Lock(), threading.Event()
-    verdicts, refused, texts, items = read_verdicts(path), set(), {}, []
+    experiment.end_line(path)
+    known = [line for line in experiment.read(path) if line.get("verdict", "") in ("A", "B", None)]
+    verdicts = {line.get("key"): line["verdict"] for line in known}
+    refused, texts, items = set(), {}, []
     for row, one in said:
         prompt, a, b = row["prompt"], one["response"], row["reference"]
         orders = (False, True) if args.both_orders else (int(digest(seed, prompt, b), 16) % 2 == 1,)
