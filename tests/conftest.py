@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))  # `import drpo` works from wherever pytest is sta
 
 import drpo  # noqa: E402
 
+torch.set_num_threads(1)  # tensors this small are fastest so, and sums always run in the same order
 WORDS = ["[E]", "[P]", "a", "b", "c", "d", "e", "f"]  # a vocabulary of EOS, padding and six letters
 SMALL = (
     "--dataset conftest:posts --preference_dataset conftest:pairs --model conftest:network --tokenizer conftest:tokenizer "
@@ -106,19 +107,6 @@ def make_run(folder, win_rates, seed=0, judge="toy_text:gold_judge", score=(0.0,
 
 
 # ---- Fixtures ------------------------------------------------------------------------------------------------
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-
-
-@pytest.fixture(scope="session")
-def one_thread():  # tensors this small are fastest on one thread, and sums always run in the same order
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def no_figures(monkeypatch):
     monkeypatch.setattr("tools.report.write", lambda run: None)
@@ -141,7 +129,7 @@ def one_line(capsys):
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory, one_thread):
+def small_run(tmp_path_factory):
     """The folder of a run of all stages on the corpus above, without figures: a second. Tests copy it or only read it."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     with pytest.MonkeyPatch.context() as patch:

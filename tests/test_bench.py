@@ -25,7 +25,7 @@ RUN = ["--random_weights", *TLDR[2:], *SHORT, "--lora_r=4", "--iterations=2"]
 
 
 @pytest.fixture(autouse=True)
-def small_sizes(monkeypatch, one_thread):
+def small_sizes(monkeypatch):
     monkeypatch.setitem(bench.PYTHIA, "14m", SMALL)
 
 

@@ -8,7 +8,6 @@ import torch
 import drpo
 from tools import car
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = car.drive(500, drpo.generator(0, "data"))
 
 

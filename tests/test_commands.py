@@ -17,7 +17,6 @@ from transformers import BertConfig, GPTNeoXConfig
 
 import drpo
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ["sft", "dpo", "ppo", "drpo"]
 
 

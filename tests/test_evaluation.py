@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import drpo
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 METHODS = ["sft", "dpo", "ppo", "drpo"]
 FIGURES = "win_rate rm_score kl kl_rm_score rouge_1 rouge_2 rouge_l response_tokens eos_rate".split()
 

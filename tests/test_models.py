@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 import drpo
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, PAD, EOS = 64, 1, 3  # EOS is neither 0 nor the padding
 S = dataclasses.replace(drpo.parse(["sft"])[1], device="cpu", lora_r=4)
 KINDS = {  # name: model type, and what differs from `tiny`

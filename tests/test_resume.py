@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import drpo
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "no_figures"),
+    pytest.mark.usefixtures("no_figures"),
     pytest.mark.skipif(os.name != "posix", reason="signals, fork and /dev/full"),
 ]
 STAGES = ["sft", "rm", "dpo", "ppo", "drpo"]

@@ -13,7 +13,6 @@ from transformers import GPT2Config
 
 import drpo
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 T = 12
 
 
@@ -124,6 +123,7 @@ def test_reset_to_sft_starts_with_what_the_sft_network_writes():
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_an_update_on_cuda_is_that_of_the_cpu():
     results = []
     for device in ("cpu", "cuda"):

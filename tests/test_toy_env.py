@@ -12,8 +12,6 @@ import toy_env
 from tools import toy_sweep
 from toy_env import CHAIN, CORRIDOR, END, Data
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def small():  # H = 6, A = 4: lock, data, labelled pairs, SFT policy, learned reward

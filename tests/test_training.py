@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import drpo
 from tools.planted import PLANTS, old_logprobs_at_another_temperature
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def run(start, tmp_path):
