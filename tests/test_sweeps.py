@@ -26,13 +26,8 @@ def test_an_experiment_resumes_what_is_missing(tmp_path):
 def test_all_flags_of_a_sweep_are_settings(part):
     for stage, flags, *others in text_sweep.PARTS[part].values():
         for words in (flags, *others):
-            drpo.parse([stage, *words.split()])
-
-
-def test_datasets_and_networks_of_a_sweep_can_be_found():
-    for _, _, *flags in (text_sweep.COVERAGE | text_sweep.MODELS).values():
-        for name in [flag.partition("=")[2] for flag in flags if flag]:
-            assert callable(drpo.resolve(name, split="train", seed=0))
+            s = drpo.parse([stage, *words.split()])[1]
+            assert drpo.resolve(s.dataset) and drpo.resolve(s.model)
 
 
 def test_reward_models_are_a_quarter_the_same_and_fourfold():
