@@ -39,29 +39,24 @@ def assert_same(folder, wanted):  # model, checkpoint and metrics of a stage, bi
 
 # drpo.py in a forked child that kills itself at a given event: after a step, or anywhere in a save
 WORKER = """
-import os, signal, sys
+import itertools, os, signal, sys
 from pathlib import Path
 import torch, conftest, drpo, tools.report
 
 def life(argv, dies_at):
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    events, save = [], torch.save
-    def due():
-        events.append(1)
-        return len(events) == dies_at
+    events, save = itertools.count(1), torch.save
     def deadly(function):
         def called(*args, **kwargs):
             result = function(*args, **kwargs)
-            due() and os.kill(os.getpid(), signal.SIGKILL)
+            if next(events) == dies_at:
+                function is save and args[1].truncate(1000)
+                os.kill(os.getpid(), signal.SIGKILL)
             return result
         return called
-    def half(value, file):
-        if due():
-            file.write(b"PK" + b"0" * 1000), file.flush(), os.kill(os.getpid(), signal.SIGKILL)
-        save(value, file)
-    torch.save, os.fsync, Path.replace = half, deadly(os.fsync), deadly(Path.replace)
-    drpo.step, drpo.save_network = deadly(drpo.step), deadly(drpo.save_network)
+    for module, name in (torch, "save"), (os, "fsync"), (Path, "replace"), (drpo, "step"), (drpo, "save_network"):
+        setattr(module, name, deadly(getattr(module, name)))
     drpo.main(argv)
     os._exit(0)
 
