@@ -12,7 +12,7 @@ from pathlib import Path
 
 import toy_env
 from tools import car, deep_sea, experiment, text_sweep, toy_sweep
-from tools.report import table
+from tools.report import bracket, table
 from tools.text_sweep import gap
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +93,19 @@ def of_text(part, folder="text", shared=False):
 def text(names, folder="text"):
     """Runs of the part `table`: mean and 95 % t-interval over seeds, exact intervals of shares."""
     return text_sweep.cells({name: of for name, of in of_text("table", folder).items() if name in names})
+
+
+def longer(folder):
+    """DPO, PPO and DR-PO with 60 updates and with 180, DR-PO against each of them with as many, paired by seed."""
+    rows = [["updates", "method", "found", "share full", "win rate", "gold score", "KL", "win rate, DR-PO − it"]]
+    lines, of = text_sweep.read(RESULTS / folder, "table"), of_text("table", folder)
+    for updates, suffix in (("60", ""), ("180", ", 3 x updates")):
+        for name, one in [(name, of[name + suffix]) for name in ("DPO", "PPO", "DR-PO") if name + suffix in of]:
+            difference = gap(text_sweep.paired(lines, f"DR-PO{suffix}", name + suffix, "win_rate")) if name != "DR-PO" else ""
+            means = [f"{one[key]['mean']:.{digits}f}" for key, digits in (("full", 3), ("win_rate", 3), ("gold", 2), ("kl", 1))]
+            found = f"{one['found']}/{len(one['seeds'])} {bracket(one['found_ci95'], 2)}"
+            rows.append([updates, name, found, *means, difference])
+    return rows
 
 
 def coverage():
@@ -189,14 +202,14 @@ def runs(module, folder):
 RM = {"quarter": "GPT-NeoX, a quarter of the policy's size", "same": "GPT-NeoX, the policy's size"}
 RM |= {"fourfold": "GPT-NeoX, four times", "llama": "Llama, the policy's size"}
 MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "PPO, KL 0.3", "DR-PO")
-BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates", "PPO, 3 x updates")
+BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates")
 OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.25", "DR-PO, beta 0.5")
 OTHERS += ("DR-PO, beta 1", "DR-PO, beta 1, 0..n")
-LONGER = ("DPO", "DPO, 3 x updates", "DR-PO", "DR-PO, 3 x updates")
 TABLES = {"critic": critic, "gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
 TABLES |= {"coverage": coverage, "models": models, "beta lambda": beta_lambda, "replications": replications}
 TABLES |= {"text": partial(text, MAIN), "budget": partial(text, BUDGET), "optimisers": partial(text, OTHERS)}
-TABLES |= {"dpo": partial(text, LONGER, "other_processor"), "growth": growth, "lock beta lambda": lock_beta_lambda}
+TABLES |= {"longer": partial(longer, "text"), "longer, other processor": partial(longer, "other_processor")}
+TABLES |= {"growth": growth, "lock beta lambda": lock_beta_lambda}
 TABLES |= {f"lock {part}": partial(lock, part) for part in ("beta", "pairs", "locks")}
 TABLES |= {"car": partial(runs, car, "car"), "deep sea": partial(runs, deep_sea, "deep_sea")}
 

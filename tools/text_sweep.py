@@ -96,6 +96,8 @@ TUNING = {
     )
     for value in values
 }
+TUNING |= {f"DPO, 3 x updates, lr {lr:g}": ("dpo", f"--updates=180 --dpo_lr={lr:g}") for lr in (1e-4, 3e-4, 1e-3)}
+TUNING |= {f"DPO, 3 x updates, beta {beta:g}": ("dpo", f"--updates=180 --dpo_beta={beta:g}") for beta in (0.1, 0.3)}
 UNPENALISED = {"SFT": ("sft", "")}
 UNPENALISED |= {f"{n} updates": ("drpo", f"--kl_coef=0 --updates={n}") for n in (15, 30, 60, 120, 240)}
 PARTS = {"table": TABLE, "coverage": COVERAGE, "models": MODELS, "beta_lambda": BETA_LAMBDA}
