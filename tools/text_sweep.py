@@ -58,6 +58,7 @@ TABLE = {
     "DPO, 3 x updates": ("dpo", "--updates=180"),
     "PPO": ("ppo", ""),
     "PPO, KL 0.3": ("ppo", "--kl_coef=0.3"),
+    "PPO, lr 5e-5": ("ppo", "--lr=5e-5"),
     "PPO, 3 x updates": ("ppo", "--updates=180"),
     "PPO, 2 x updates": ("ppo", "--updates=120"),
     "DR-PO, 2 x updates": ("drpo", "--updates=120"),
@@ -96,6 +97,7 @@ TUNING = {
     )
     for value in values
 }
+TUNING |= {f"PPO, 3 x updates, lr {lr:g}": ("ppo", f"--updates=180 --lr={lr:g}") for lr in (5e-5, 1e-4)}
 TUNING |= {f"DPO, 3 x updates, lr {lr:g}": ("dpo", f"--updates=180 --dpo_lr={lr:g}") for lr in (1e-4, 3e-4, 1e-3)}
 TUNING |= {f"DPO, 3 x updates, beta {beta:g}": ("dpo", f"--updates=180 --dpo_beta={beta:g}") for beta in (0.1, 0.3)}
 UNPENALISED = {"SFT": ("sft", "")}
