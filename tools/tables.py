@@ -201,7 +201,7 @@ def runs(module, folder):
 
 RM = {"quarter": "GPT-NeoX, a quarter of the policy's size", "same": "GPT-NeoX, the policy's size"}
 RM |= {"fourfold": "GPT-NeoX, four times", "llama": "Llama, the policy's size"}
-MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "PPO, KL 0.3", "DR-PO")
+MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "PPO, KL 0.3", "PPO, lr 5e-5", "DR-PO")
 BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates")
 OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.25", "DR-PO, beta 0.5")
 OTHERS += ("DR-PO, beta 1", "DR-PO, beta 1, 0..n")

@@ -56,6 +56,7 @@ TABLE = {
     "SFT on chosen": ("sft", "", "--dataset=toy_text:gate_pairs"),
     "DPO": ("dpo", ""),
     "DPO, 3 x updates": ("dpo", "--updates=180"),
+    "DPO, 3 x updates, beta 0.3": ("dpo", "--updates=180 --dpo_beta=0.3"),
     "PPO": ("ppo", ""),
     "PPO, KL 0.3": ("ppo", "--kl_coef=0.3"),
     "PPO, lr 5e-5": ("ppo", "--lr=5e-5"),
@@ -100,7 +101,7 @@ TUNING = {
 }
 TUNING |= {f"PPO, 3 x updates, lr {lr:g}": ("ppo", f"--updates=180 --lr={lr:g}") for lr in (5e-5, 1e-4)}
 TUNING |= {f"DPO, 3 x updates, lr {lr:g}": ("dpo", f"--updates=180 --dpo_lr={lr:g}") for lr in (1e-4, 3e-4, 1e-3)}
-TUNING |= {f"DPO, 3 x updates, beta {beta:g}": ("dpo", f"--updates=180 --dpo_beta={beta:g}") for beta in (0.1, 0.3)}
+TUNING |= {f"DPO, 3 x updates, beta {beta:g}": ("dpo", f"--updates=180 --dpo_beta={beta:g}") for beta in (0.1, 0.3, 1)}
 UNPENALISED = {"SFT": ("sft", "")}
 UNPENALISED |= {f"{n} updates": ("drpo", f"--kl_coef=0 --updates={n}") for n in (15, 30, 60, 120, 240)}
 PARTS = {"table": TABLE, "coverage": COVERAGE, "models": MODELS, "beta_lambda": BETA_LAMBDA}
