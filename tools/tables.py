@@ -96,15 +96,17 @@ def text(names, folder="text"):
 
 
 def longer(folder):
-    """DPO, PPO and DR-PO with 60 updates and with 180, DR-PO against each of them with as many, paired by seed."""
+    """Runs of 60 and of 180 updates: DR-PO against each run with as many, paired by seed."""
     rows = [["updates", "method", "found", "share full", "win rate", "gold score", "KL", "win rate, DR-PO − it"]]
     lines, of = text_sweep.read(RESULTS / folder, "table"), of_text("table", folder)
-    for updates, suffix in (("60", ""), ("180", ", 3 x updates")):
-        for name, one in [(name, of[name + suffix]) for name in ("DPO", "PPO", "DR-PO") if name + suffix in of]:
-            difference = gap(text_sweep.paired(lines, f"DR-PO{suffix}", name + suffix, "win_rate")) if name != "DR-PO" else ""
-            means = [f"{one[key]['mean']:.{digits}f}" for key, digits in (("full", 3), ("win_rate", 3), ("gold", 2), ("kl", 1))]
-            found = f"{one['found']}/{len(one['seeds'])} {bracket(one['found_ci95'], 2)}"
-            rows.append([updates, name, found, *means, difference])
+    for updates, suffix, names in ((60, "", SHORT), (180, ", 3 x updates", LONG)):
+        for title in names:
+            method, comma, change = title.partition(",")
+            if one := of.get(run := f"{method}{suffix}{comma}{change}"):
+                versus = gap(text_sweep.paired(lines, f"DR-PO{suffix}", run, "win_rate")) if title != "DR-PO" else ""
+                means = [f"{one[key]['mean']:.{n}f}" for key, n in (("full", 3), ("win_rate", 3), ("gold", 2), ("kl", 1))]
+                found = f"{one['found']}/{len(one['seeds'])} {bracket(one['found_ci95'], 2)}"
+                rows.append([str(updates), title, found, *means, versus])
     return rows
 
 
@@ -202,6 +204,8 @@ def runs(module, folder):
 RM = {"quarter": "GPT-NeoX, a quarter of the policy's size", "same": "GPT-NeoX, the policy's size"}
 RM |= {"fourfold": "GPT-NeoX, four times", "llama": "Llama, the policy's size"}
 MAIN = ("SFT", "SFT on chosen", "DPO", "PPO", "PPO, KL 0.3", "PPO, lr 5e-5", "DR-PO")
+SHORT = ("DPO", "PPO", "PPO, lr 5e-5", "DR-PO")
+LONG = ("DPO", "DPO, beta 0.3", "PPO", "PPO, lr 5e-5", "DR-PO")
 BUDGET = ("PPO, 2 x updates", "DR-PO, 2 x updates")
 OTHERS = ("RLOO", "roll-in by SFT", "DR-PO, RLOO", "DR-PO, beta 0.25", "DR-PO, beta 0.5")
 OTHERS += ("DR-PO, beta 1", "DR-PO, beta 1, 0..n")
