@@ -60,7 +60,6 @@ TABLE = {
     "PPO": ("ppo", ""),
     "PPO, KL 0.3": ("ppo", "--kl_coef=0.3"),
     "PPO, lr 5e-5": ("ppo", "--lr=5e-5"),
-    "PPO, 3 x updates, lr 5e-5": ("ppo", "--updates=180 --lr=5e-5"),
     "PPO, 3 x updates": ("ppo", "--updates=180"),
     "PPO, 2 x updates": ("ppo", "--updates=120"),
     "DR-PO, 2 x updates": ("drpo", "--updates=120"),
