@@ -898,7 +898,7 @@ def results(run):  # -> {stage: what it returned, and its seconds}, of all finis
     return {path.parent.name: json.loads(path.read_text()) for path in Path(run).glob("*/result.json")}
 
 
-def write_report(run, samples, settings, judge):  # samples.jsonl, report.json, a table; with tools/ figures, and over seeds
+def write_report(run, samples, settings, judge):  # samples.jsonl, report.json and a table; tools/ adds figures
     done, text = results(run), []
     seconds = {stage: done[stage].pop("seconds") for stage in USES if stage in done}
     report = {"judge": judge, "prompts": len(samples), "settings": settings, "seconds": seconds, "methods": {}}

@@ -310,6 +310,19 @@ def test_a_self_check_stops_the_first_update(start, stops, monkeypatch, mistake)
     assert stops(start("drpo", **changes), word) == 0
 
 
+def test_compiled_passes_may_round_apart_in_bfloat16(start, stops, monkeypatch):
+    plain = drpo.response_logprobs
+
+    def apart(*args):  # a pass without gradients, known by its entropy, is 0.3 nats off
+        logprobs, entropy = plain(*args)
+        return logprobs + 0.3 * (entropy is not None), entropy
+
+    monkeypatch.setattr(drpo, "response_logprobs", apart)
+    monkeypatch.setattr(drpo.GradientCheckpointingLayer, "compile", lambda *args, **given: None)
+    drpo.main(start("drpo", "other", dtype="bfloat16", compile=True, updates=1))
+    assert stops(start("drpo", dtype="bfloat16", updates=1), "before any step") == 0
+
+
 def test_a_rare_miss_in_a_small_batch_is_no_mistake(run):
     """Six resets of eight at beta 0.99, as happens in one batch of 400."""
     assert run("drpo", beta=0.99, seed=200, updates=1)[1][0]["reset_share"] == 0.75

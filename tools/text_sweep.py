@@ -93,12 +93,11 @@ TUNING = {
         ("DPO lr", "dpo", "dpo_lr", (3e-5, 1e-4, 3e-4, 1e-3)),
         ("PPO lr", "ppo", "lr", (5e-5, 1e-4, 2e-4, 4e-4)),
         ("PPO KL", "ppo", "kl_coef", (0.03, 0.3)),
-        ("DR-PO lr", "drpo", "lr", (1e-4, 2e-4, 4e-4)),
         ("DR-PO KL", "drpo", "kl_coef", (0.03, 0.3)),
     )
     for value in values
 }
-TUNING |= {f"PPO, 3 x updates, lr {lr:g}": ("ppo", f"--updates=180 --lr={lr:g}") for lr in (5e-5, 1e-4)}
+TUNING |= {"PPO, 3 x updates, lr 5e-05": ("ppo", "--updates=180 --lr=5e-5")}
 TUNING |= {f"DPO, 3 x updates, lr {lr:g}": ("dpo", f"--updates=180 --dpo_lr={lr:g}") for lr in (1e-4, 3e-4, 1e-3)}
 TUNING |= {f"DPO, 3 x updates, beta {beta:g}": ("dpo", f"--updates=180 --dpo_beta={beta:g}") for beta in (0.1, 0.3, 1)}
 UNPENALISED = {"SFT": ("sft", "")}
