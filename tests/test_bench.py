@@ -5,9 +5,10 @@ import contextlib
 import json
 import math
 import re
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -55,6 +56,8 @@ def test_the_peak_of_an_update_is_near_its_plan(lora_r, dtype, checkpointing):
 
 
 def test_plans_keep_to_their_cards(capsys, tmp_path):
+    bench.main(["--plan", "--preset", "cnndm"])  # no lengths of its rows are known, and none are needed
+    assert "1919 + 64 tokens" in capsys.readouterr().out
     bench.main(["--plan", "--json", str(tmp_path / "plan.json")])
     lines, plans = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "plan.json").read_text())
     assert [line.split()[0] for line in lines[2:]] == list(plans) == ["160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"]
@@ -77,8 +80,9 @@ def test_synthetic_rows_have_the_quantiles_of_real_ones(preset):
 
 
 def test_the_shape_is_read_off_the_name():
-    names = ["EleutherAI/pythia-2.8b-deduped", "pythia-160m", "1b", "runs/pythia-12B", "gpt2", "toy_text:tiny_pythia", "x-3.2b"]
-    assert [bench.shape_of(name) for name in names] == [*map(bench.PYTHIA.get, ("2.8b", "160m", "1b", "12b")), None, None, None]
+    names = ["EleutherAI/pythia-2.8b-deduped", "pythia-160m", "1b", "runs/pythia-12B"]
+    assert [bench.shape_of(name) for name in names] == [*map(bench.PYTHIA.get, ("2.8b", "160m", "1b", "12b"))]
+    assert not any(map(bench.shape_of, ("gpt2", "toy_text:tiny_pythia", "x-3.2b", "meta-llama/Llama-3.2-1B", "pythia-3b")))
 
 
 @pytest.mark.parametrize("lora_r", [8, 0])
@@ -174,7 +178,7 @@ def checked(monkeypatch, tmp_path):
     def check():
         with contextlib.suppress(SystemExit):
             bench.main([*RUN, "--check", "--json", str(tmp_path / "c.json")])
-        return json.loads((tmp_path / "c.json").read_text())
+        return json.loads((tmp_path / "c.json").read_text() or "null")
 
     return check
 
@@ -193,6 +197,19 @@ def test_a_stage_that_fails_is_a_failed_check(checked, monkeypatch):
     assert "not finite" in figures["check"][1]["error"] and not figures["check"][1]["ok"] and figures["bench"] == "timed"
 
 
+def test_ctrl_c_ends_a_check(checked, monkeypatch):
+    train, began = drpo.train_sft, []
+
+    def interrupted(s):
+        began.append(s)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been started without it
+        with patch.object(drpo, "step", lambda *_: signal.raise_signal(signal.SIGINT) or 0.0):
+            train(s)
+
+    monkeypatch.setitem(drpo.STAGES, "sft", interrupted)
+    assert checked() is None and len(began) == 1
+
+
 def test_a_cache_that_forgets_is_found(monkeypatch):
     s, right = settings(dtype="float32"), drpo.next_states
     policy, queries = bench.build(s, SMALL)[0].policy, [[5, 6, 7], [8] * 20]
@@ -205,6 +222,7 @@ def test_the_farthest_figure_by_hand():
     a, b = {"loss": 2.0, "entropy": 0.01, "ratio": 1.0, "kl": 9.0}, {"loss": 1.9, "entropy": 0.03, "ratio": 1.0, "kl": 9.0}
     assert bench.farthest(a, b, "bfloat16") == (pytest.approx(0.05), "loss")  # of 2
     assert bench.farthest(a, b, "float32") == (pytest.approx(0.2), "entropy")  # of the floor, 0.1
+    assert bench.farthest(a, b | {"ratio": math.nan}, "bfloat16")[1] == "ratio"
 
 
 # ---- The command line --------------------------------------------------------------------------------------
@@ -217,7 +235,7 @@ def test_a_bench_prints_what_its_json_says(capsys, tmp_path):
     assert (ppo["reset_share"], ours["reset_share"]) == (0, 1)
     for name, one in figures["methods"].items():
         assert one["hours"] == pytest.approx(19453 * sum(one[f"seconds_{phase}"] for phase in bench.PHASES) / 3600)
-        assert f"the full {name} run: 19453 updates, 117k episodes: {one['hours']:.2g} h, {one['gb']:.2g} GB" in out
+        assert f"the full {name} run: 19453 updates, 117k episodes: {one['hours']:.3g} h, {one['gb']:.3g} GB" in out
         for phase in bench.PHASES:
             row = re.search(rf"^{name} {phase} +([\d.]+) +([\d,]+) +([\d.]+) +([\d.]+)%$", out, re.M)
             assert float(row[1]) == pytest.approx(one[f"seconds_{phase}"], abs=0.006) and one[f"gb_{phase}"] > 0

@@ -39,9 +39,12 @@ def test_reward_models_are_a_quarter_the_same_and_fourfold():
     assert sizes == pytest.approx([0.25, 1.0, 4.0], rel=0.05)
 
 
-def test_a_stage_that_stops_says_why_in_the_sweep(tmp_path):
+def test_a_stage_that_stops_says_why_in_the_sweep(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="ppo needs .*sft"):
         text_sweep.train("ppo", tmp_path, 0, "")
+    monkeypatch.setattr(drpo, "step", lambda optimizer, s, where, batch: drpo.stop(f"{where}: not finite", 3))
+    with pytest.raises(RuntimeError, match="sft update 1: not finite"):  # below a bar of progress
+        text_sweep.train("sft", tmp_path, 0, "")
 
 
 def test_a_run_has_found_the_summary_at_one_half():

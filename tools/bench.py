@@ -19,7 +19,6 @@ MFU: FLOPs of the model, without padding and recomputation, over a measured matr
 import argparse
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import re
@@ -42,6 +41,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig, LogitsProcessorList
 
 import drpo
+from tools import experiment
 from tools.report import table
 
 Shape = namedtuple("Shape", "layers width heads vocabulary")  # of a GPT-NeoX, whose MLP is four times as wide
@@ -55,14 +55,13 @@ PHASES, GROUP, EOS = ("rollout", "score", "update"), 8, 0  # GROUP: micro-batche
 CARDS, BYTES = (16, 24, 40, 48, 80), {"bfloat16": 2, "float32": 4}  # GB
 
 # Tokens of a prompt, and of a reference with its EOS, at these quantiles, linear between them. tldr: 900 TL;DR posts,
-# hh: 2,110 helpful dialogues, under Pythia's tokenizer; tiny: chosen responses of toy_text:gate_pairs, under its own
+# hh: 2,110 helpful dialogues, under Pythia's tokenizer
 QUANTILES = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
 LENGTHS = {
     "tldr": ([158, 196, 270, 350, 430, 495, 512], [16, 26, 28, 33, 38, 46, 50]),
     "hh": ([10, 17, 30, 105, 203, 379, 512], [3, 8, 22, 43, 77, 128, 128]),
-    "tiny": ([45, 46, 48, 49, 50, 52, 54], [5, 5, 17, 21, 22, 27, 30]),
 }
-EPISODES = {"tldr": 116722, "hh": 160800, "tiny": 4000}  # one epoch of the rows that the preset resets to
+EPISODES = {"tldr": 116722, "hh": 160800}  # one epoch of the rows that the preset resets to
 
 
 # ---- 1. The plan -------------------------------------------------------------------------------------------------------------
@@ -101,7 +100,7 @@ def best_plan(shape, most, s):
 
 
 def cell(lora_r, micro_batch, checkpointing, peak):
-    return f"{lora_r} x {micro_batch}{'c' * checkpointing} ({peak / 1e9:.2g})"
+    return f"{lora_r} x {micro_batch}{'c' * checkpointing} ({peak / 1e9:.3g})"
 
 
 def print_plans(s):
@@ -118,7 +117,7 @@ def print_plans(s):
 # ---- 2. The roles in memory, and the rows they work on -----------------------------------------------------------------------
 def shape_of(name):
     """The Shape that a model's name speaks of, as EleutherAI/pythia-2.8b-deduped does; None where it speaks of none."""
-    size = re.search(r"(?:^|[-/])(\d+(?:\.\d+)?[mb])(?:$|-)", name.lower())
+    size = re.search(r"(?:^|pythia-)(\d+(?:\.\d+)?[mb])(?:$|-)", name.lower())
     return PYTHIA.get(size[1]) if size else None
 
 
@@ -257,11 +256,13 @@ def bench(s, shape, lengths, iterations):
         vocabulary = roles.policy.get_input_embeddings().num_embeddings
         rows = synthetic_rows(iterations * B, vocabulary, LENGTHS[s.preset], s.seed)
     # To warm up: resets have shapes of their own. On the longest prompts, where too little memory shows at once
-    longest = sorted(rows, key=lambda row: -len(row["prompt"]))[: min(GROUP * s.micro_batch, B) // s.group * s.group or B]
+    size = min(GROUP * s.micro_batch, B) // s.group * s.group or B
+    longest = sorted(rows, key=lambda row: -len(row["prompt"]))[:size]
     for beta in (0.0, s.beta):
-        small = dataclasses.replace(s, batch_size=len(longest), epochs=1, beta=beta)
+        small = dataclasses.replace(s, batch_size=size, epochs=1, beta=beta)
         timed_update(roles, optimizer, longest, 1, tokenizer, small)
-    updates, K = s.updates or max(1, EPISODES.get(s.preset, len(rows)) // B), s.group if s.advantages == "rloo" else 1
+    epoch, K = len(rows) if lengths else EPISODES[s.preset], s.group if s.advantages == "rloo" else 1
+    updates = s.updates or max(1, epoch // B)
     drawn = drpo.draw(rows, B // K, 1, s.seed, "rl") * K
     query = np.array([len(drpo.encode_query(row["prompt"], tokenizer, s.query_length)) for row in drawn])
     methods, lines = {}, [["", "seconds", "tokens/s", "GB", "MFU"]]
@@ -285,14 +286,14 @@ def bench(s, shape, lengths, iterations):
     print(
         f"{', '.join(f'{name} {value}' for name, value in machine.items() if value)}\n{s.model}"
         f"{', random weights' * bool(shape)}, {s.dtype}, lora_r {s.lora_r}, micro_batch {s.micro_batch}\n"
-        f"{matmul / 1e12:.3g} TFLOP/s in matrix products, {copying / 1e9:.3g} GB/s in copies, measured here\n"
+        f"{matmul / 1e12:.3g} TFLOP/s in matrix products, {copying / 1e9:,.0f} GB/s in copies, measured here\n"
         f"{B} episodes, prompts of {query.mean():.0f} tokens on average; medians of {iterations}\n\n{table(lines)}\n\n"
-        f"decoding: {decoding / 1e9:.3g} GB/s with {group} rows together, {decoding / copying:.0%} of a copy\n"
-        f"resets: DR-PO decodes {share:.2f} of the row-steps of PPO"
+        f"decoding: {decoding / 1e9:,.0f} GB/s with {group} rows together, {decoding / copying:.0%} of a copy\n"
+        f"resets: DR-PO decodes {share:.2f} of the tokens of PPO"
     )
     for name, one in methods.items():
         episodes = f"{updates} updates, {updates * B / 1000:.3g}k episodes"
-        print(f"the full {name} run: {episodes}: {one['hours']:.2g} h, {one['gb']:.2g} GB", flush=True)
+        print(f"the full {name} run: {episodes}: {one['hours']:.3g} h, {one['gb']:.3g} GB", flush=True)
     rates = {"matmul_flops": matmul, "copy_bytes": copying, "decode_bytes": decoding, "row_steps_share": share}
     more = {"settings": dataclasses.asdict(s), "random_weights": bool(shape), "updates": updates}
     return machine | rates | more | {"methods": methods}
@@ -306,25 +307,22 @@ SAME = {
     "float32": (1e-3, 0.1, ("loss", "accuracy", "score", "kl", "entropy", "ratio", "grad_norm")),
     "bfloat16": (0.03, 1.0, ("loss", "entropy", "ratio")),
 }
-PLAIN = {"float32": (1e-4, 1e-3, 0.05), "bfloat16": (0.02, 0.5, 1.0)}  # limits: CDF, ln pi, share of rollouts that differ
+PLAIN = {"float32": (1e-4, 1e-3, 0.05), "bfloat16": (0.02, 0.5, 0.5)}  # limits: CDF, ln pi, share of rollouts that differ
 
 
 def run_stage(stage, folder, device, flags):
     """python drpo.py STAGE in this process -> its metrics, a dict per update. Without ROUGE, whose package may be missing."""
-    no_rouge, said = patch.object(drpo, "rouge", lambda texts, rows, kind: [None] * len(rows)), io.StringIO()
-    try:
-        with no_rouge, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            drpo.main([stage, f"--run_dir={folder}", f"--device={device}", *SHORT, *flags])
-    except SystemExit as end:
-        if end.code:
-            raise RuntimeError(re.findall("drpo.py: .*", said.getvalue())[-1]) from None
+    with patch.object(drpo, "rouge", lambda texts, rows, kind: [None] * len(rows)):
+        if not experiment.quietly([stage, f"--run_dir={folder}", f"--device={device}", *SHORT, *flags]):
+            raise KeyboardInterrupt
     return [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
 
 
 def farthest(a, b, dtype):
     """Two dicts of metrics -> (the largest relative difference of those that are compared, its name)."""
     _, floor, names = SAME[dtype]
-    return max((abs(a[k] - b[k]) / max(abs(a[k]), abs(b[k]), floor), k) for k in names if k in a)
+    gaps = [(abs(a[k] - b[k]) / max(abs(a[k]), abs(b[k]), floor), k) for k in names if k in a]
+    return max(gaps, key=lambda gap: (math.isnan(gap[0]), gap[0]))  # NaN is farther than all
 
 
 def stages_agree(folder, device, dtype, flags):
@@ -338,7 +336,7 @@ def stages_agree(folder, device, dtype, flags):
 
 
 def rollouts_agree(folder, device, flags):
-    """The first update's rollouts of the SFT policy, on both devices with the same uniforms. Yields verdicts."""
+    """Rollouts of the SFT policy, with resets to the references, on both devices with the same uniforms. Yields verdicts."""
     responses = []
     for where in ("cpu", device):
         s = drpo.parse(["drpo", f"--run_dir={folder / 'cpu'}", f"--device={where}", *SHORT, *flags])[1]
@@ -361,10 +359,10 @@ def cached_against_plain(policy, queries, s):
     a token lies outside the interval that the plain pass gives the token (0: it draws the same token), and on ln pi."""
     (n, T), logits = (len(queries), s.response_length), []
     uniforms = torch.rand(n, T, generator=drpo.generator(s.seed, "bench uniforms"))
-    one = dataclasses.replace(s, micro_batch=max(s.micro_batch, n))  # all rows in one group, in this order
+    assert n <= GROUP * s.micro_batch  # all rows in one group, in this order
     make = drpo.logits_of  # the one place where logits are made, divided by the temperature
     with patch.object(drpo, "logits_of", lambda *given: logits.append(make(*given)) or logits[-1]):
-        responses = drpo.rollout(policy, queries, [[]] * n, uniforms, ENDLESS, one, s.temperature)
+        responses = drpo.rollout(policy, queries, [[]] * n, uniforms, ENDLESS, s, s.temperature)
     batch, token = drpo.collate(queries, responses, T, s.device), torch.tensor(responses)[..., None]
     before = torch.tensor([[len(query) - 1] for query in queries]) + torch.arange(T)  # (n, T): positions that decide the tokens
     plain = policy(input_ids=batch["ids"], use_cache=False).logits[torch.arange(n)[:, None], before].float().cpu()
@@ -391,8 +389,9 @@ def resuming_agrees(folder, device, flags):
     for name, stage in product(("whole", "stopped"), ("sft", "rm")):
         shutil.copytree(folder / "cpu" / stage, folder / name / stage)
     whole = run_stage("drpo", folder / "whole", device, flags)
-    with patch.object(drpo, "drpo_update", update_and_stop):
-        done = len(run_stage("drpo", folder / "stopped", device, flags))
+    with patch.object(drpo, "drpo_update", update_and_stop), contextlib.suppress(KeyboardInterrupt):
+        run_stage("drpo", folder / "stopped", device, flags)
+    done = len((folder / "stopped" / "drpo" / "metrics.jsonl").read_text().splitlines())
     stopped = run_stage("drpo", folder / "stopped", device, flags)
     found, what = farthest(whole[-1], stopped[-1], "bfloat16")
     if done != 1 or [row["update"] for row in stopped] != [row["update"] for row in whole]:
@@ -557,9 +556,10 @@ def out_of_memory(s, shape):
     total = torch.cuda.get_device_properties(s.device).total_memory if cuda else math.inf
     fit = shape and best_plan(shape, min(total * 1e9 / 2**30, peak(shape, s) - 1), s)
     flags = [f"--{name} {value}" for name, value in (fit or {}).items() if value and name != "peak"]
-    less = f"{' '.join(flags)} ({fit['peak'] / 1e9:.2g} GB)" if fit else "nothing smaller"
+    less = f"{' '.join(flags)} ({fit['peak'] / 1e9:.3g} GB)" if fit else "nothing smaller"
     have = f"{total / 1e9:.0f} GB" if cuda else "this machine's memory"
-    return f"OOM: --lora_r {s.lora_r} --micro_batch {s.micro_batch} in {have}; by the plan fits {less}"
+    hint = f"by the plan fits {less}" if shape else "the plan knows Pythia sizes only"
+    return f"OOM: --lora_r {s.lora_r} --micro_batch {s.micro_batch} in {have}; {hint}"
 
 
 def parse(argv):
@@ -573,7 +573,7 @@ def parse(argv):
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options, given = parser.parse_known_args(argv)
-    fixed = options.peers and (given or options.random_weights or options.lengths)
+    fixed = options.peers and (given or options.random_weights)
     options.random_weights |= options.check
     small = ["--batch_size=128"] * options.check
     if options.check and drpo.parse(["drpo", *given])[1].device == "cpu":
@@ -585,7 +585,8 @@ def parse(argv):
         (modes > 1, "--check, --plan and --peers: one at a time"),
         (fixed, "--peers takes --iterations and --json only: its settings are fixed"),
         (options.random_weights and not shape, f"--model {s.model}: names no Pythia size, one of {', '.join(PYTHIA)}"),
-        (not options.lengths and s.preset not in LENGTHS, f"--preset {s.preset}: needs --lengths FILE, a file of such rows"),
+        (options.lengths and modes, "--lengths: not with --check, --plan or --peers"),
+        (not (options.lengths or options.plan or s.preset in LENGTHS), f"--preset {s.preset}: needs --lengths FILE, such rows"),
     ):
         if wrong:
             drpo.stop(message)
@@ -602,8 +603,8 @@ def main(argv=None):
         if options.json:
             options.json.write_text(json.dumps(figures, indent=1))
 
-    with drpo.blame(f"--json {options.json}"):
-        save({})  # now, not after an hour
+    with drpo.blame(f"--json {options.json}"):  # now, not after an hour
+        options.json.open("a").close() if options.json else None
     try:
         if options.plan:
             save(print_plans(s))
@@ -614,6 +615,8 @@ def main(argv=None):
         else:
             with drpo.precision(s):
                 save(bench(s, shape if options.random_weights else None, options.lengths, options.iterations or 3))
+    except KeyboardInterrupt:
+        drpo.stop("interrupted", 130)
     except RuntimeError as error:  # on a CPU it is this type, with these words
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

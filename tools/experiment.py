@@ -2,9 +2,11 @@
 ask which code made the lines that are there: after a change to the code name another --out."""
 
 import argparse
+import io
 import json
 import multiprocessing
-from contextlib import suppress
+import re
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +22,19 @@ def options(module, doc, out, seeds, jobs):
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for the results (default: %(default)s)")
     parser.error = drpo.stop
     return parser
+
+
+def quietly(argv):
+    """python drpo.py ARGV in this process, without its output -> True, or False if a signal stopped it. RuntimeError, with its
+    line, if it failed: a SystemExit would end a pool's process in silence, and the pool would wait for it."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+        try:
+            drpo.main(argv)
+        except SystemExit as end:
+            if end.code not in (0, 130):
+                raise RuntimeError(re.findall("drpo.py: .*", said.getvalue())[-1]) from None
+            return False
+    return True
 
 
 def read(path):
@@ -55,8 +70,8 @@ def work(execute, tasks, path):
 def carry_out(execute, groups, path, jobs, threads=1):
     """Groups of tasks, `jobs` groups at a time, each in a process with so many threads. A task that has its line in the file is
     not done again. -> the runs of the tasks, in their order. Exit status 2 if the file cannot be written."""
-    if jobs < 1:
-        drpo.stop(f"--jobs {jobs}: must be at least 1")
+    if min(jobs, threads) < 1:
+        drpo.stop(f"--jobs {jobs} or --threads {threads}: must be at least 1")
     with drpo.blame(f"--out {path.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         done = read(path)

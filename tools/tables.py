@@ -12,6 +12,7 @@ from pathlib import Path
 
 import toy_env
 from tools import car, deep_sea, experiment, text_sweep, toy_sweep
+from tools.bench import PHASES
 from tools.report import bracket, table
 from tools.text_sweep import gap
 
@@ -19,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/results.md")
 GPU = {"1b_r64": "1B, 64", "2.8b_r64": "2.8B, 64", "2.8b_r64_compile": "2.8B, 64, `--compile`"}
 GPU |= {"2.8b_r1024": "2.8B, 1024 (the paper's)", "6.9b_r64": "6.9B, 64"}
-PHASES = ("rollout", "score", "update")
 AGAIN = {"one thread": "text", "two threads": "two_threads", "another processor, one thread": "other_processor"}
 RESULTS = ROOT / "results"
 
@@ -63,7 +63,7 @@ def gpu_phases():
 
 
 def peers():
-    rows = [["shape", "CPU time, ours / official", "peak memory, ours / official", "row-steps, β = 1 / β = 0"]]
+    rows = [["shape", "CPU time, ours / official", "peak memory, ours / official", "tokens decoded, β = 1 / β = 0"]]
     for size, one in read("bench/peers.json").items():
         steps = one["row-steps, ours at beta 0 and 1"]
         ratios = [b / a for a, b in (one["CPU s"], one["peak GB"], steps)]

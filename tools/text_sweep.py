@@ -10,13 +10,12 @@ PART   table         SFT, SFT on the chosen responses, DPO, PPO, RLOO, roll-in b
        tuning        learning rates and KL coefficients, on seeds that are not reported
 
 Each run is a line of OUT/PART.jsonl when it is done, and the same command resumes with those that are missing. Then come a
-table and, for `coverage` and `unpenalised`, OUT/PART.png. `full` is the share of responses that are full summaries, on 500
-held-out posts at temperature 0.7. A run has found it if that is at least one half. Models stay in --scratch.
+table and, once `coverage` or `unpenalised` is complete, OUT/PART.png. `full` is the share of responses that are full summaries,
+on 500 held-out posts at temperature 0.7. A run has found it if that is at least one half. Models stay in --scratch.
 """
 
 import contextlib
 import functools
-import io
 import itertools
 import json
 import math
@@ -74,10 +73,10 @@ TABLE = {
     "DR-PO, beta 1, 0..n": ("drpo", "--beta=1 --reset_include_prompt=True"),
 }
 COVERAGE = {
-    f"{name} {stop}": (stage, "", f"--dataset=tools.text_sweep:gate_{stop}")
-    for stop in STOPS
+    f"{name} {stop}": (stage, "", f"--dataset=tools.text_sweep:gate_{stop}" * (stop != 65))
+    for stop in (*STOPS, 65)
     for name, stage in (("SFT", "sft"), ("PPO", "ppo"), ("DR-PO", "drpo"))
-} | {f"{name} 65": (stage, "") for name, stage in (("SFT", "sft"), ("PPO", "ppo"), ("DR-PO", "drpo"))}
+}
 MODELS = {
     f"{name}, RM {kind}": (stage, "", "", f"--model=tools.text_sweep:{kind}" * (kind != "same"))
     for kind in ("quarter", "same", "fourfold", "llama")
@@ -124,17 +123,15 @@ def train(stage, folder, seed, flags, **parts):
     for name, path in parts.items():
         with contextlib.suppress(FileExistsError):
             (folder / name).symlink_to(path.resolve())
-    if not (folder / stage / "result.json").exists():
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-            try:
-                drpo.main([stage, f"--seed={seed}", f"--run_dir={folder}", "--eval_every=0", *flags.split()])
-            except SystemExit:  # would end the pool's process in silence, and the pool would wait for it
-                raise RuntimeError(said.getvalue().splitlines()[-1]) from None
+    argv = [stage, f"--seed={seed}", f"--run_dir={folder}", "--eval_every=0", *flags.split()]
+    if not (folder / stage / "result.json").exists() and not experiment.quietly(argv):
+        raise RuntimeError(f"{folder}: stopped; the same command resumes")
     return folder / stage
 
 
 def measure(stage, folder, seed):
-    """-> figures of the policy in folder/stage on held-out posts, by the gold score, beside its KL to SFT and RM score."""
+    """-> figures of the policy in folder/stage on held-out posts, by the gold score, beside its KL to SFT and its RM score,
+    which is the reward model's own, also of a response that does not end."""
     s = drpo.parse(["eval", f"--seed={seed}", f"--run_dir={folder}"])[1]
     rows = drpo.draw(drpo.load_rows(s.dataset, "reference", seed)[1], s.eval_samples, 0, seed, "eval")
     tokenizer, network = drpo.load(drpo.AutoTokenizer, str(folder / stage), s), drpo.load_network(str(folder / stage), s)
@@ -255,7 +252,8 @@ def draw_coverage(rows, path):
 def draw_unpenalised(rows, path):
     """RM score above and gold score below against KL to SFT: a line per seed, larger dots for more updates."""
     figure = Figure(figsize=(7, 5), layout="constrained")
-    axes, seeds = figure.subplots(2, 1, sharex=True), {seed for run, seed in rows if run != "SFT"}
+    axes, seeds = figure.subplots(2, 1, sharex=True), {seed for _, seed in rows}
+    seeds = [seed for seed in sorted(seeds) if all((name, seed) in rows for name in UNPENALISED)]
     for ax, key, title in zip(axes, ("rm_score", "gold"), ("RM score\n(what is optimised)", "gold score\n(what is wanted)")):
         for seed in seeds:
             line = [rows[name, seed] for name in UNPENALISED]
@@ -282,13 +280,15 @@ def main(argv=None):
     parser.add_argument("--scratch", type=Path, default=Path("runs/text/models"))
     args = parser.parse_args(argv)
     names = args.runs or PARTS[args.part]
+    for name in set(names) - set(PARTS[args.part]):
+        drpo.stop(f"--runs {name}: {args.part} has {'; '.join(PARTS[args.part])}")
     done = read(args.out, args.part)  # with those of `table`
     groups = [[{"run": name, "seed": seed} for name in names if (name, seed) not in done] for seed in args.seeds]
     execute = functools.partial(run, args.part, args.scratch)
     experiment.carry_out(execute, groups, args.out / f"{args.part}.jsonl", args.jobs, args.threads)
     rows = read(args.out, args.part)
     print(report.table(cells(summarise(args.part, rows))))
-    if args.part in FIGURES:
+    if args.part in FIGURES and all((name, seed) in rows for name in PARTS[args.part] for seed in args.seeds):
         FIGURES[args.part](rows, args.out / f"{args.part}.png")
 
 

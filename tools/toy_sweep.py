@@ -129,20 +129,18 @@ def show(results):
 
 
 def sweep(seeds, out, tune=False, jobs=JOBS):
-    """The whole sweep on these seeds, or PPO's grid -> exit status 0. Everything goes to the folder `out`."""
+    """The whole sweep on these seeds, or PPO's grid. Everything goes to the folder `out`."""
     path, runs = (out / "tuning.jsonl", grid(seeds)) if tune else (out / "sweep.jsonl", plan(seeds))
     show(experiment.carry_out(execute, [[run] for run in runs], path, jobs))
-    return 0
 
 
 def main(argv=None):
-    """The sweep, or with --tune the grid -> exit status 0."""
     parser = experiment.options("toy_sweep", __doc__, "runs/toy", range(100, 110), JOBS)
     parser.add_argument("--tune", action="store_true", help="PPO's own grid instead of the sweep, by default on seeds 0 1")
     parser.set_defaults(seeds=None)
     args = parser.parse_args(argv)
-    return sweep(args.seeds or ([0, 1] if args.tune else range(100, 110)), args.out, args.tune, args.jobs)
+    sweep(args.seeds or ([0, 1] if args.tune else range(100, 110)), args.out, args.tune, args.jobs)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
