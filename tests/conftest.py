@@ -96,7 +96,8 @@ def make_run(folder, win_rates, seed=0, judge="toy_text:gold_judge", score=(0.0,
     for seconds, stage in enumerate(dict.fromkeys(["sft", "rm", *win_rates]), 5):
         write_lines(folder / stage / "metrics.jsonl", logs[stage])
         (folder / stage / "result.json").write_text(json.dumps({"seconds": seconds, **results.get(stage, {})}))
-        (folder / stage / "settings.json").write_text(json.dumps({"beta": 0.6, f"weights of {folder}": seed, **settings}))
+        of_stages = {"sft": seed + 0.5, f"weights of {folder}": seed}  # differ from run to run, and are no settings
+        (folder / stage / "settings.json").write_text(json.dumps({"beta": 0.6, **of_stages, **settings}))
     samples = [{"prompt": f"POST: number {i}\n\nTL;DR:", "reference": f"told {i}"} for i in range(4)]
     for i, row in enumerate(samples):
         rest = {"kl": kl, "kl_rm_score": float(i), "rouge_1": 0.3, "rouge_2": 0.1, "rouge_l": i / 10, "eos_rate": int(i > 0)}

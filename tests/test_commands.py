@@ -148,7 +148,8 @@ tools.show row --run_dir none: none/sft | tools.show data --row 16: --row 16 | t
 tools.show data --beta 2: --beta 2 | tools.bench --iterations 0: --iterations 0 | tools.bench --micro_batch few
 tools.bench --no_such_flag | tools.bench --random_weights --model gpt2 | tools.bench --preset cnndm
 tools.bench --json no/such/folder/b.json | tools.bench --peers --batch_size 4: --peers | tools.bench --device meat
-tools.bench --plan --check: one at a time | tools.bench --model ./no/such/folder"""
+tools.bench --plan --check: one at a time | tools.bench --model ./no/such/folder | tools.bench --check --lengths file: --lengths
+tools.text_sweep table --runs NOPE | tools.text_sweep table --threads 0"""
 
 
 @pytest.mark.parametrize("case", cases(BAD_FOR_TOOLS))

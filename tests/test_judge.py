@@ -238,3 +238,5 @@ def test_the_command_judges_stored_samples_again(server, tmp_path, one_line, cap
     assert saved["judge"] == "api:mistral" and saved["methods"]["ppo"]["win_rate"] == 1.0  # "ppo says 0" is longer
     assert {row["sft"]["win_rate"] for row in report.read(tmp_path / "samples.jsonl", lines=True)} == {1.0}
     assert "null lacks {prompt}" in one_line([*command, "--prompt", os.devnull], main=judge.main)
+    (tmp_path / "sft" / "result.json").unlink()  # the report needs it
+    assert "sft/result.json" in one_line([*command, "--both_orders"], main=judge.main) and len(server.bodies) == 8

@@ -99,6 +99,12 @@ def test_a_method_that_one_seed_lacks_has_fewer_values(tmp_path, figures):
     assert "| 2 | 0.300 | - |" in page(tmp_path)
 
 
+def test_seeds_with_two_judges_name_both(tmp_path, figures):
+    make_run(tmp_path / "seed_1", {"drpo": 0.5}, 1, judge="rm")
+    make_run(tmp_path / "seed_2", {"drpo": 0.5}, 2, judge="api:m")
+    assert "judge: api:m, rm (the run's own reward model" in report.write(tmp_path)
+
+
 def test_curves_show_held_out_prompts_mean_and_each_seed(three_seeds, figures):
     report.write(three_seeds)
     for ax in figures["curves.png"].axes:
@@ -132,12 +138,13 @@ def test_runs_are_compared_by_settings_that_differ(tmp_path, capsys, figures):
     for beta, wins in ((0.0, (0.1, 0.3)), (1.0, (0.4, 0.8))):
         for seed, win in enumerate(wins):
             make_run(tmp_path / f"beta_{beta}" / f"seed_{seed}", {"sft": 0.1, "drpo": win}, seed, beta=beta, run_dir="")
-    make_run(tmp_path / "single", {"drpo": 0.5}, beta=0.25, run_dir="")
-    report.main([str(tmp_path / name) for name in ("beta_0.0", "beta_1.0", "single")])
+    make_run(tmp_path / "a" / "single", {"drpo": 0.5}, beta=0.25, run_dir="")
+    make_run(tmp_path / "b" / "single", {"drpo": 0.5}, beta=0.75, run_dir="")
+    report.main([str(tmp_path / name) for name in ("beta_0.0", "beta_1.0", "a/single", "b/single")])
     lines = capsys.readouterr().out.partition("DR-PO in each run")[2].splitlines()[2:]
     assert lines[0].startswith("| run | beta | seeds | win rate vs reference | RM score |")
-    assert lines[2].startswith("| beta_0.0 | 0.0 | 2 | 0.200 ± 0.141 (0.100-0.300) | 1.50 ± 0.00 (1.50-1.50) |")
-    assert lines[4].startswith("| single | 0.25 | 1 | 0.500 | 1.50 |")
+    assert lines[2].startswith(f"| {tmp_path}/beta_0.0 | 0.0 | 2 | 0.200 ± 0.141 (0.100-0.300) | 1.50 ± 0.00 (1.50-1.50) |")
+    assert lines[4].startswith(f"| {tmp_path}/a/single | 0.25 | 1 | 0.500 | 1.50 |") and "b/single | 0.75 |" in lines[5]
 
 
 def test_t_quantiles_are_those_of_student():  # the integral of Student's density from 0 to t, by Simpson's rule, must be 0.475

@@ -9,6 +9,7 @@ import torch
 from conftest import make_run, write_lines
 
 import drpo
+import toy_text
 from tools import report, show
 
 
@@ -25,8 +26,12 @@ def shown(capsys, *argv):  # what show prints -> [(title, rows of (id, role, {co
     return found
 
 
-@pytest.mark.parametrize("more", [{}, {"advantages": "rloo", "group": 2}, {"whiten_rewards": True}])
-def test_a_row_shows_what_the_first_update_trains_on(start, capsys, monkeypatch, more):
+@pytest.mark.parametrize(
+    "more", [{}, {"advantages": "rloo", "group": 2}, {"whiten_rewards": True}, {"preference_dataset": "pairs.jsonl"}]
+)
+def test_a_row_shows_what_the_first_update_trains_on(start, capsys, monkeypatch, tmp_path, more):
+    monkeypatch.chdir(tmp_path)  # pairs with a reference of their own, which is not what DR-PO is reset to
+    write_lines(tmp_path / "pairs.jsonl", [row | {"reference": "no ."} for row in toy_text.gate_pairs("train", seed=0)[:50]])
     seen, command = {}, start("drpo", updates=1, epochs=1, **more)
     with monkeypatch.context() as patch:
         patch.setattr(drpo, "step", lambda optimizer, s, where, batch: seen.update(batch) or 0.0)
@@ -65,6 +70,11 @@ def test_row_takes_the_settings_of_the_run(tmp_path):
     s = drpo.parse(["drpo", "--preset", "tldr", "--beta", "0.25", "--seeds", "1", "2", "--run_dir", str(tmp_path)])[1]
     (tmp_path / "report.json").write_text(json.dumps({"settings": vars(s)}))
     assert vars(drpo.parse(["drpo", *show.recorded(tmp_path)])[1]) == vars(s) | {"seeds": []}
+
+
+def test_a_run_that_was_moved_is_shown_where_it_is(tmp_path, one_line):
+    run = make_run(tmp_path / "old", {"drpo": 0.5}).rename(tmp_path / "new")
+    assert f"{run}/sft: no model" in one_line(["row", "--run_dir", run], main=show.main)
 
 
 def test_a_sample_stands_beside_its_reference(tmp_path, capsys, monkeypatch):

@@ -162,6 +162,8 @@ def main(argv=None):
     parser.error = drpo.stop
     args = parser.parse_args(argv)
     samples, settings = report.read(args.run / "samples.jsonl", lines=True), report.read(args.run / "report.json")["settings"]
+    for stage in ("sft", "rm"):
+        report.read(args.run / stage / "result.json")  # for the report in the end, which no verdict should be paid for in vain
     try:
         api_judge([(row, row[name]) for name in report.methods_in(samples[:1]) for row in samples], settings["seed"], args)
     except (OSError, ValueError) as error:

@@ -82,11 +82,10 @@ def main(argv=None):
     parser.error = drpo.stop
     options, given = parser.parse_known_args(argv)
     s = drpo.parse(["drpo", *show.recorded(options.run), "--updates=15", *given, f"--run_dir={options.run}"])[1]
-    for stage in ("sft", "rm"):
-        if not Path(s.run_dir, stage, "config.json").exists():
-            drpo.stop(f"{s.run_dir}/{stage}: no model; make it with: python drpo.py {stage} --run_dir {s.run_dir}")
+    show.needs_models(s.run_dir)
     transformers.logging.disable_progress_bar()
-    options.out.mkdir(parents=True, exist_ok=True)
+    with drpo.blame(f"--out {options.out}"):
+        options.out.mkdir(parents=True, exist_ok=True)
     stopped = {}
     for name in PLANTS:
         log, stopped[name] = train(name, s)

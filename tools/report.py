@@ -331,7 +331,7 @@ def draw_frontier(tables, prompts):
 # ---- 4. Reports --------------------------------------------------------------------------------------------------------------
 def measured(report):
     """How the figures were measured, in lines for below the table."""
-    warning = " (the run's own reward model: NOT independent, it is what was optimised)" if report["judge"] == "rm" else ""
+    warning = " (the run's own reward model: NOT independent, it is what was optimised)" * ("rm" in report["judge"].split(", "))
     return [
         f"judge: {report['judge']}{warning}",
         f"{report['prompts']} held-out prompts, sampling temperature {report['settings']['eval_temperature']:g}; "
@@ -354,6 +354,8 @@ def publish(run, folders, tables, methods, report, parts):
     ):
         figure.savefig(run / f"{name}.png", dpi=100)
         parts += [f"## {title}", f"![{title}]({name}.png)"]
+    note = "Win rates of PPO and DR-PO: by the judge of their training. Of SFT and DPO: by the judge above."
+    parts.insert(parts.index("## Training") + 1, note)
     settings = f"```json\n{json.dumps(report['settings'], indent=1)}\n```"
     parts += ["<details><summary>Settings</summary>", settings, "</details>\n"]
     (run / "report.md").write_text("\n\n".join(parts), encoding="utf-8")
@@ -408,7 +410,8 @@ def write_seeds(run, folders):
         },
         "seeds": seeds,
         "rm": {"accuracy": spread([each["rm"]["accuracy"] for each in reports])},
-        **{key: reports[0][key] for key in ("judge", "prompts")},
+        "judge": ", ".join(sorted({each["judge"] for each in reports})),
+        "prompts": reports[0]["prompts"],
         "settings": {key: value for key, value in reports[0]["settings"].items() if key not in ("seed", "run_dir")},
     }
     (run / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -449,7 +452,8 @@ def compare(runs):
     for run in map(Path, runs):
         found = [*sorted(run.glob("seed_*/drpo/settings.json")), *run.glob("drpo/settings.json")]
         if found and "drpo" in (methods := read(run / "report.json")["methods"]):
-            trained[run.name] = read(found[0]) | {"seed": None}, methods["drpo"]
+            alike = ("seed", "sft", "rm")  # the last two tell runs of these stages apart, not settings
+            trained[str(run)] = read(found[0]) | dict.fromkeys(alike), methods["drpo"]
     first = next(iter(trained.values()), ({}, {}))[0]
     differing = [key for key in first if key.isidentifier() and len({str(s.get(key)) for s, _ in trained.values()}) > 1]
     rows = [["run", *differing, "seeds", *(METRICS[key][0] for key in IN_TERMINAL)]]

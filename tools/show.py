@@ -67,13 +67,19 @@ def show_data(s, number):
         print_row(f"{kind} {number}: {query}; {response}", ids, roles, marks, tokenizer)
 
 
+def needs_models(run):
+    """Exit status 2 unless the folder of a run holds an SFT and a reward model."""
+    for stage in ("sft", "rm"):
+        if not Path(run, stage, "config.json").exists():
+            drpo.stop(f"{run}/{stage}: no model; make it with: python drpo.py {stage} --run_dir {run}")
+
+
 def first_batch(s):
     """Update 0 of drpo up to its optimizer step -> tokenizer, {name: (B, ...)} as `drpo.step` gets it, {column: (B, T)}."""
     run, seen = Path(s.run_dir), {}
-    for stage in ("sft", "rm"):
-        if not (run / stage / "config.json").exists():
-            drpo.stop(f"{run}/{stage}: no model; make it with: python drpo.py {stage} --run_dir {run}, or see: tools.show data")
-    rows = drpo.load_rows(s.preference_dataset if s.reset_to == "chosen" else s.dataset, "reference", s.seed)[0]
+    needs_models(run)
+    pairs, references = [drpo.load_rows(*x, s.seed)[0] for x in ((s.preference_dataset, "pairs"), (s.dataset, "reference"))]
+    rows = [row | {"reference": row["chosen"]} for row in pairs] if s.reset_to == "chosen" else references
     tokenizer, sft = drpo.load(drpo.AutoTokenizer, f"{run}/sft", s), drpo.load_network(f"{run}/sft", s, trained=not s.lora_r)
     roles = drpo.build_roles(sft, drpo.load_reward(f"{run}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
     with patch.multiple(drpo, step=lambda *given: seen.update(given[-1]) or 0.0, stop=lambda message, status: print(message)):
@@ -140,7 +146,7 @@ def main(argv=None):
         return show_sample(Path(args.what), args.sample)
     s = drpo.parse(["drpo", *given])[1]
     if args.what == "row":
-        s = drpo.parse(["drpo", *recorded(Path(s.run_dir)), *given])[1]
+        s = drpo.parse(["drpo", *recorded(Path(s.run_dir)), *given, f"--run_dir={s.run_dir}"])[1]
     with drpo.precision(s):
         (show_data if args.what == "data" else show_row)(s, args.row)
 
