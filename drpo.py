@@ -1,7 +1,7 @@
 """DR-PO (Dataset Reset Policy Optimization for RLHF, Chang et al. 2024, arXiv 2404.08495) in one file that runs alone.
 
 PPO starts every rollout at the prompt. DR-PO starts a share `beta` of them at the prompt plus a random prefix of a response
-that a person wrote. The policy finishes it and learns only from its own tokens. `ppo` is `drpo` with beta = 0.
+in the data. The policy finishes it and learns only from its own tokens. `ppo` is `drpo` with beta = 0.
 
     python drpo.py                       all stages on a toy corpus, on a laptop CPU, in minutes
     python drpo.py all --preset tldr     the paper's TL;DR run: Pythia-2.8B, LoRA, one GPU

@@ -14,7 +14,7 @@ its title gives away one of these three facts. A full summary has six clauses:
 
 The true score pays 4.0 for the question, but only after five other clauses: a late reward behind a gate. Until then a clause
 earns about what its words cost, and all five together score -0.2. The SFT references stop early and are full once in 190 posts.
-The people of the preference pairs begin well and end badly, or begin badly and end well, and 6 % of them write a full summary.
+The annotators of the pairs begin well and end badly, or begin badly and end well, and 6 % of them write a full summary.
 So their preferred responses cover every step of the way, but one who imitates them seldom goes it to the end.
 """
 

@@ -170,6 +170,7 @@ ROWS = {  # the settings of `learn`. filtered: a clone of the best 2 % by the le
     "DR-PO, first halves": dict(beta=0.5, halves=True), "DR-PO, roll-in by SFT": dict(beta=0.5, roll_in=True),
     "PPO, network reward": dict(beta=0.0, network=True), "DR-PO, network reward": dict(beta=0.5, network=True),
     "PPO, resting driver": dict(beta=0.0, rests=True), "DR-PO, resting driver": dict(beta=0.5, rests=True),
+    "DR-PO, GAE lambda 0.95": dict(beta=0.5, lam=0.95), "DR-PO, entropy x 5": dict(beta=0.5, entropy=0.01),
 }  # fmt: skip
 
 
