@@ -3,7 +3,7 @@
 PPO starts every rollout at the prompt. DR-PO starts a share `beta` of them at the prompt plus a random prefix of a response
 in the data. The policy finishes it and learns only from its own tokens. `ppo` is `drpo` with beta = 0.
 
-    python drpo.py                       all stages on a toy corpus, on a laptop CPU, in minutes
+    python drpo.py                       all stages on the toy corpus of toy_text.py, on a laptop CPU, in minutes
     python drpo.py all --preset tldr     the paper's TL;DR run: Pythia-2.8B, LoRA, one GPU
     python drpo.py STAGE [--preset P] [--run_dir DIR] [settings]      STAGE = sft | rm | dpo | ppo | drpo | eval | all
 
@@ -59,8 +59,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.hf_argparser import HfArg
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, and the shapes of rollouts change
+torch._dynamo.config.recompile_limit = 64  # graphs with --compile: the layers of all networks share one code object
 
-# ---- 1. Settings. The defaults are those of the paper's TL;DR run (Table 5). Precedence: command line, preset, defaults ------
+# ---- 1. Settings. Defaults: the paper's TL;DR run, Table 5; from C: temperatures, whitening, value clip, missing EOS ---------
 # Each name starts a block of fields of Settings; those before `seed` change no training. USES: which blocks a stage depends on
 BLOCKS = {"seed": "data", "sft_steps": "sft", "rm_model": "rm", "updates": "po", "batch_size": "rl", "dpo_beta": "dpo"}
 USES = {"sft": "data sft", "rm": "data sft rm", "dpo": "data sft po dpo"} | dict.fromkeys(["ppo", "drpo"], "data sft rm po rl")
@@ -223,7 +224,7 @@ def read_source(source, seed):  # -> {split: rows as they stand}; a file of json
 
 @functools.lru_cache
 def load_rows(source, kind, seed):
-    """-> (training rows, held-out rows). Of a single split a tenth of the prompts is held out. Kind: "reference" or "pairs"."""
+    """-> (training rows, held-out rows): of a single split about a tenth of the prompts. Kind: "reference" or "pairs"."""
     fields, result = ["prompt", "reference"] if kind == "reference" else ["prompt", "chosen", "rejected"], []
     with blame(f"{source}: cannot be read"):
         splits = read_source(source, seed)
@@ -233,9 +234,9 @@ def load_rows(source, kind, seed):
         if not isinstance(row[name], str) or re.search("[\ud800-\udfff]", row[name]):
             stop(f"{source}: row {number}: {name} must be text, not {row[name]!a:.40}; a row needs {', '.join(fields)}")
     if not found:
-        prompts = sorted({row["prompt"] for row in parts[0]})
-        out = set(draw(prompts or [""], max(1, len(prompts) // 10), 0, seed, "held out"))
-        parts = [[row for row in parts[0] if (row["prompt"] in out) == side] for side in (False, True)]
+        prompts = sorted({row["prompt"].strip() for row in parts[0]})  # each decided alone: the same in every file
+        out = {x for x in prompts if generator(seed, "held out", x).initial_seed() % 10 == 0} or set(prompts[:1])
+        parts = [[row for row in parts[0] if (row["prompt"].strip() in out) == side] for side in (False, True)]
     for part, rows in zip(("training", "held-out"), parts):
         texts = [{name: row[name].removesuffix("<|endoftext|>").strip() for name in fields} for row in rows]
         kept = [x | {"batch": row["batch"]} for x, row in zip(texts, rows) if len(set(x.values()) - {""}) == len(fields)]
@@ -344,8 +345,8 @@ def twin(network, s, role):  # -> the network as it will be trained, and frozen 
     return add_lora(network, s.lora_r, s.seed, role) if s.lora_r else network, frozen
 
 
-def load_reward(folder, s, trained=False):  # -> (backbone, head); logit - reward_bias: references average 0, N+ detail 15
-    model = load_network(str(folder), s, AutoModelForSequenceClassification, trained)
+def load_reward(folder, s):  # -> (backbone, head); logit - reward_bias: references average 0, N+ detail 15
+    model = load_network(str(folder), s, AutoModelForSequenceClassification, trained=s.advantages == "gae" and not s.lora_r)
     if not hasattr(model.config, "reward_bias"):
         stop(f"{folder}: is not a reward model; make one with: python drpo.py rm")
     return model.base_model, scalar_head(model.score.weight, -model.config.reward_bias)
@@ -413,10 +414,9 @@ def bradley_terry_loss(chosen_scores, rejected_scores):
 
 def sample_reset_lengths(reference_lengths, beta, generator, include_zero=False):
     """Alg. 1, line 3: with probability beta uniform on 1..n (include_zero: 0..n, Alg. 3), else 0. (B,) long -> (B,) long."""
-    n, low = reference_lengths.cpu(), 0 if include_zero else 1
-    is_reset = torch.rand(len(n), generator=generator) < beta
-    lengths = low + (torch.rand(len(n), generator=generator, dtype=torch.float64) * (n + 1 - low)).long()
-    return torch.where(is_reset & (n > 0), lengths, 0).to(reference_lengths.device)
+    n, is_reset = reference_lengths, torch.rand(len(reference_lengths), generator=generator) < beta
+    lengths = 1 - include_zero + (torch.rand(len(n), generator=generator, dtype=torch.float64) * (n + include_zero)).long()
+    return torch.where(is_reset & (n > 0), lengths, 0)
 
 
 def masked_mean(x, mask):
@@ -621,7 +621,7 @@ def fit(stage, modules, loss_of, s, tokenizer):  # SFT, reward model, DPO; loss_
     updates = (s.updates if stage == "dpo" else getattr(s, f"{stage}_steps")) or max(1, len(rows) // size)
     for update, optimizer, metrics in training(stage, updates, lr, torch.nn.ModuleDict(modules), s):
         batch = encode(draw(rows, size, update, s.seed, stage), fields, s, tokenizer, T)
-        weighed, figures = whole(batch) if stage == "sft" else batch, torch.zeros(len(fields), device=s.device)
+        weighed, figures = whole(batch) if stage == "sft" else batch, torch.zeros(1 + (kind == "pairs"), device=s.device)
         for i, part in micro_batches(weighed, s.micro_batch, kind == "pairs"):
             loss, *accuracy = loss_of(part)
             share = len(i) / size if kind == "pairs" else part["response_len"].sum() / weighed["response_len"].sum()
@@ -636,15 +636,16 @@ def train_sft(s):  # supervised fine-tuning: cross-entropy over query and respon
     network = load_network(s.model, s, trained=not s.supervised_lora_r)
     config, longest = network.config.get_text_config(), s.query_length + max(s.response_length, s.preference_length)
     with blame(f"--model {s.model} or --rm_model {s.rm_model}: cannot be a reward model or trained with LoRA (use --lora_r 0)"):
-        rm_config = transformers.AutoConfig.from_pretrained(s.rm_model).get_text_config() if s.rm_model else config
+        rm_config = load(transformers.AutoConfig, s.rm_model, s).get_text_config() if s.rm_model else config
         with torch.device("meta"):  # tried before anything trains
             _ = AutoModelForSequenceClassification.from_config(rm_config).score
         add_lora(network, s.lora_r, s.seed, "trial").unload().requires_grad_(True) if s.lora_r else None
     room = min(getattr(x, f"{key}max_position_embeddings", math.inf) for x in (config, rm_config) for key in ("", "original_"))
     if getattr(tokenizer, "eos_token_id", None) is None:
         stop(f"--tokenizer {s.tokenizer or s.model}: is no tokenizer, or has no end-of-text token")
-    if len(tokenizer) > (known := min(config.vocab_size, rm_config.vocab_size)) or longest > room:
-        stop(f"--model {s.model} or --rm_model: {room} positions for {longest}, {known} tokens for {len(tokenizer)} needed")
+    known, sampled = min(config.vocab_size, rm_config.vocab_size), max(config.vocab_size, len(tokenizer))
+    if known < sampled or longest > room:
+        stop(f"--model {s.model} or --rm_model: {room} positions for {longest}, {known} tokens for {sampled} needed")
     if shutil.disk_usage(s.run_dir).free < network.num_parameters() * (4 if s.supervised_lora_r else 16 if begun else 28):
         stop(f"--run_dir {s.run_dir}: too little room on the disk for the model and two checkpoints of SFT")
     if tokenizer.pad_token in (None, tokenizer.eos_token) and len(tokenizer) < config.vocab_size:
@@ -695,8 +696,7 @@ def train_dpo(s):  # direct preference optimization, from the SFT network, on th
     policy, reference = twin(network, s, "dpo")
 
     def loss_of(part):
-        ref_logprobs = sequence_logprobs(reference, part).chunk(2)
-        loss, margins = dpo_loss(*sequence_logprobs(policy, part).chunk(2), *ref_logprobs, s.dpo_beta)
+        loss, margins = dpo_loss(*[x for n in (policy, reference) for x in sequence_logprobs(n, part).chunk(2)], s.dpo_beta)
         return loss, (margins > 0).float().mean()
 
     fit("dpo", {"policy": policy}, loss_of, s, tokenizer)
@@ -717,7 +717,7 @@ def train_drpo(s, stage="drpo"):  # Algorithm 1 with PPO as its policy optimizer
     s, pairs = s if stage == "drpo" else dataclasses.replace(s, beta=0.0), load_rows(s.preference_dataset, "pairs", s.seed)[0]
     rows = [row | {"reference": row["chosen"]} for row in pairs] if s.reset_to == "chosen" else references  # D_TR, and prompts
     tokenizer, network = load(AutoTokenizer, f"{s.run_dir}/sft", s), load_network(f"{s.run_dir}/sft", s, trained=not s.lora_r)
-    roles = build_roles(network, load_reward(f"{s.run_dir}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
+    roles = build_roles(network, load_reward(f"{s.run_dir}/rm", s), s)
     own, checked = (roles.reward, roles.reward_head), few(references, 256, s, "check")
     scores = per_row(functools.partial(end_scores, *own), checked, None, s, tokenizer)
     error = scores.std(correction=0).item() / math.sqrt(len(scores))
@@ -812,9 +812,9 @@ def lap(s):  # -> the time when all work is done, and the most GB that the GPU h
 # ---- 8. Evaluation: every finished method on the same held-out prompts -------------------------------------------------------
 @torch.no_grad()
 def per_row(function, rows, responses, s, tokenizer):  # function(batch) -> (B,), over all rows (responses None: references)
-    responses = responses or [encode_response(row["reference"], tokenizer, s.response_length) for row in rows]
-    queries, out = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows], torch.zeros(len(rows))
-    batch = collate(queries, responses, max(s.response_length, s.preference_length), s.device)
+    T, out = max(s.response_length, s.preference_length), torch.zeros(len(rows))
+    queries = [encode_query(row["prompt"], tokenizer, s.query_length) for row in rows]
+    batch = collate(queries, responses or [encode_response(row["reference"], tokenizer, T) for row in rows], T, s.device)
     for index, part in micro_batches(batch, s.micro_batch):
         out[index.cpu()] = function(part).float().cpu()
     return summed(out)
@@ -899,7 +899,7 @@ def results(run):  # -> {stage: what it returned, and its seconds}, of all finis
 
 
 def write_report(run, samples, settings, judge):  # samples.jsonl, report.json and a table; tools/ adds figures
-    done, text = results(run), []
+    done, text, tables = results(run), [], Path(__file__).parent / "tools" / "report.py"
     seconds = {stage: done[stage].pop("seconds") for stage in USES if stage in done}
     report = {"judge": judge, "prompts": len(samples), "settings": settings, "seconds": seconds, "methods": {}}
     for name in [name for name in USES if name in samples[0]]:
@@ -909,7 +909,7 @@ def write_report(run, samples, settings, judge):  # samples.jsonl, report.json a
         text.append(f"{name:5}" + "".join(f"   {key} {x:.3f}" for key, x in of.items() if isinstance(x, float)))
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     save_whole(report | {"sft": done["sft"], "rm": done["rm"]}, run / "report.json")
-    print(importlib.import_module("tools.report").write(run) if Path(__file__).with_name("tools").exists() else "\n".join(text))
+    print(importlib.import_module("tools.report").write(run) if tables.exists() else "\n".join(text))
 
 
 # ---- 9. Running --------------------------------------------------------------------------------------------------------------
@@ -933,9 +933,10 @@ def inputs(stage, s):  # -> {name: value}: all that the stage depends on; stops 
 
 
 def preflight(stages, s):  # what a later stage needs is tried before the first one trains; train_sft tries the model
-    with blame(f"--run_dir {s.run_dir} or --device {s.device}"):
+    with blame(f"--run_dir {s.run_dir}, --device {s.device} or the installation"):
         torch.empty(0, device=s.device)
         Path(s.run_dir).mkdir(parents=True, exist_ok=True)
+        rouge([], [], "rougeL") if {"sft", "eval"} & {*stages} else None  # imports its package
     for i, stage in enumerate(stages):
         for needed in (x for x in NEEDS[stage] if x not in [*stages[:i], *results(s.run_dir)]):
             stop(f"{stage} needs {s.run_dir}/{needed}; train {needed} first, with the same --preset, --run_dir and settings")
@@ -962,8 +963,7 @@ def parse(argv):  # -> (stage, Settings): command line, preset, defaults. A --mo
     parser.add_argument("stage", nargs="?", default="all", help="sft, rm, dpo, ppo, drpo, eval or all")
     parser.error = stop
     given = {"preset": "tiny", "model": ":"} | dict(re.findall(r"(?<!\S)--(preset|model)[= ](\S+)", " ".join(argv)))
-    own = {} if ":" in given["model"] else {"tokenizer": ""}
-    parser.set_defaults(preset="tiny", **PRESETS.get(given["preset"], {}) | own)
+    parser.set_defaults(**PRESETS.get(given["preset"], {}) | ({} if ":" in given["model"] else {"tokenizer": ""}))
     s, rest, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown or rest.stage not in [*STAGES, "eval", "all"]:
         stop(f"nothing takes {' '.join(unknown) or rest.stage}; see --help")

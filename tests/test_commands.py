@@ -23,7 +23,7 @@ def test_drpo_py_does_the_main_job_in_an_empty_folder(tmp_path):
     """And in odd surroundings: another working folder, a space and an umlaut, no asserts, no HOME, an ASCII locale."""
     home, cwd = tmp_path / "alone", tmp_path / "cwd"
     run = cwd / "Läufe 1" / "ü"
-    home.mkdir()
+    (home / "tools").mkdir(parents=True)  # of somebody else
     cwd.mkdir()
     for name in ("drpo.py", "toy_text.py"):
         shutil.copy(ROOT / name, home)
@@ -33,7 +33,7 @@ def test_drpo_py_does_the_main_job_in_an_empty_folder(tmp_path):
     command = [sys.executable, "-O", home / "drpo.py", *words.split(), "--run_dir", run.relative_to(cwd)]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert {path.name for path in home.iterdir()} - {"__pycache__"} == {"drpo.py", "toy_text.py"}
+    assert {path.name for path in home.iterdir()} - {"__pycache__"} == {"drpo.py", "toy_text.py", "tools"}
     report = json.loads((run / "report.json").read_text())
     assert {"methods", "rm", "seconds", "settings"} <= set(report) and list(report["methods"]) == METHODS
     for name, figures in report["methods"].items():
@@ -92,12 +92,18 @@ def large_tokenizer():
     return words
 
 
+def spare_rows():  # ids that no text has can be sampled
+    network = conftest.network()
+    network.resize_token_embeddings(16)
+    return network
+
+
 BAD = """  the line has each word that stands after the colon, or, where there is none, each word of the command
 nosuchstage | --nosuchflag | --preset nope | --lr abc | --lr | --lr nan | --lr 2 | --sft_lr -0.5 | --max_grad_norm inf
 --beta 1.5 | --beta -0.1 | --updates -3 | --updates 1.5 | --seed -1 | --batch_size 0 | --micro_batch -1 | --temperature 0
 --response_length 1 | --dtype float16 | --whiten_rewards maybe | --advantages grpo | --device nosuchdevice | --device cuda:99
 --judge gold | --judge rm:nowhere | --judge test_commands:half_a_judge | --tokenizer conftest:posts | --run_dir {shelf}/file
---rm_model {shelf}/nosuchmodel | sft extra: extra | --seeds 1 -1: --seed -1 | --advantages rloo --group 1: --group
+--rm_model {shelf}/nosuchmodel: nosuchmodel | sft extra: extra | --seeds 1 -1: --seed -1 | --advantages rloo --group 1: --group
 --advantages rloo --group 3: --group --batch_size | --compile True --checkpoint_activations True: --compile
 --dataset nowhere.jsonl: nowhere.jsonl | --dataset conftest:nosuch: conftest:nosuch | --model conftest:posts: conftest:posts
 --preference_dataset nowhere.jsonl: nowhere.jsonl | --preference_dataset conftest:posts: conftest:posts row 0: chosen
@@ -107,6 +113,7 @@ nosuchstage | --nosuchflag | --preset nope | --lr abc | --lr | --lr nan | --lr 2
 drpo --run_dir {shelf}/only_sft: drpo needs only_sft/rm first | eval --run_dir {shelf}/only_sft: eval needs only_sft/rm
 drpo --run_dir {shelf}/sft_twice: sft_twice/rm is not a reward model
 eval --run_dir {shelf}/done --preference_dataset nowhere.jsonl: nowhere.jsonl
+--model test_commands:spare_rows --rm_model {shelf}/narrow: 8 tokens for 16 needed
 --rm_model {shelf}/short: 8 positions for 15 | --rm_model {shelf}/bert: cannot be a reward model"""
 
 
@@ -120,7 +127,8 @@ def shelf(small_run, tmp_path_factory):  # a folder with what the bad commands p
         for stage in stages.split():
             shutil.copytree(small_run / stage, shelf / folder / stage)
     shutil.copytree(small_run / "sft", shelf / "sft_twice" / "rm")
-    GPTNeoXConfig(vocab_size=8, max_position_embeddings=8).save_pretrained(shelf / "short")
+    for name, positions in {"short": 8, "narrow": 32}.items():
+        GPTNeoXConfig(vocab_size=8, max_position_embeddings=positions).save_pretrained(shelf / name)
     BertConfig(vocab_size=8).save_pretrained(shelf / "bert")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tools.report.write", lambda run: None)
@@ -135,6 +143,12 @@ def test_bad_input_is_one_line_before_anything_is_trained(shelf, tmp_path, one_l
     flags, _, words = case.format(shelf=shelf).partition(": ")
     line = one_line(["--run_dir", str(tmp_path / "run"), *SMALL, *flags.split()])
     assert line.startswith("drpo.py: ") and all(word in line for word in (words or flags).split()), line
+
+
+def test_a_missing_package_is_told_before_training(tmp_path, one_line, monkeypatch):
+    monkeypatch.setattr(drpo, "step", lambda *_: pytest.fail("trained"))
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    assert "rouge_score" in one_line([*SMALL, "--run_dir", tmp_path])
 
 
 BAD_FOR_TOOLS = """  the line has the last word of the command, or what stands after its colon

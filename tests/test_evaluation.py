@@ -78,14 +78,21 @@ def test_eval_names_the_settings_that_training_had(copy, capsys):
 def test_weights_trained_in_float32_are_evaluated_in_float32(copy, monkeypatch):
     seen, rate, s = set(), drpo.rate, settings(copy, "--dtype=bfloat16")
 
-    def watched(network, sft, *rest):
-        seen.update(p.dtype for one in (network, sft) for p in one.parameters())
-        return rate(network, sft, *rest)
+    def watched(network, sft, reward_model, *rest):
+        seen.update(p.dtype for one in (network, sft, *reward_model) for p in one.parameters())
+        return rate(network, sft, reward_model, *rest)
 
     monkeypatch.setattr(drpo, "rate", watched)
     with drpo.precision(s):
         drpo.evaluate(s)
     assert seen == {torch.float32}
+
+
+def test_references_are_scored_whole(small_run):
+    s = settings(small_run, "--response_length=2")
+    rows, words = drpo.load_rows(s.dataset, "reference", 0)[1], conftest.tokenizer()
+    lengths = drpo.per_row(lambda x: x["response_len"], rows, None, s, words).tolist()
+    assert lengths == [len(row["reference"].split()) + 1 for row in rows] and max(lengths) == 4
 
 
 def test_wilson_by_hand():

@@ -218,6 +218,19 @@ def test_a_model_without_room_for_the_rows_is_refused(monkeypatch, tmp_path, one
     drpo.main([*argv, "--preference_length", "24", "--run_dir", str(tmp_path / "24")])
 
 
+def test_compiled_layers_stay_below_the_limit_of_graphs(small_run, tmp_path, monkeypatch):
+    """Beyond it torch goes on without compiling. Here by graphs alone, no kernels, with a reward model of another kind."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(drpo.GradientCheckpointingLayer, "compile", lambda x, **given: compile(x, backend="eager", **given))
+    monkeypatch.setattr("tools.report.write", lambda run: None)
+    tiny("llama", vocab_size=len(conftest.WORDS), eos_token_id=0).save_pretrained(tmp_path / "start")
+    more = f"--compile True --lora_r 4 --dtype bfloat16 --rm_model {tmp_path / 'start'} --run_dir {tmp_path}".split()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for stage in ("sft", "rm", "ppo", "eval"):
+            drpo.main([stage, *conftest.SMALL, *more])
+    torch.compiler.reset()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("trained, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 def test_bfloat16_changes_products_only(tmp_path, trained, dtype):

@@ -256,7 +256,8 @@ def test_a_damaged_checkpoint_is_one_line_and_not_executed(start, small_run, tmp
 
 
 @pytest.mark.parametrize("what", ["pickle", "code"])
-def test_what_comes_with_a_model_is_not_executed(start, tmp_path, one_line, monkeypatch, what):
+@pytest.mark.parametrize("flag", ["model", "rm_model"])
+def test_what_comes_with_a_model_is_not_executed(start, tmp_path, one_line, monkeypatch, what, flag):
     model, planted = tmp_path / "model", tmp_path / "planted"
     conftest.network().save_pretrained(model)
     if what == "pickle":
@@ -268,4 +269,5 @@ def test_what_comes_with_a_model_is_not_executed(start, tmp_path, one_line, monk
         (model / "config.json").write_text(json.dumps(config))
         (model / "custom.py").write_text(f"open({str(planted)!r}, 'w')\nclass Config: pass\nclass Custom: pass\n")
         monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
-    assert "model" in one_line(start("sft", model=model)) and not planted.exists()
+    stage = "rm" if (what, flag) == ("pickle", "rm_model") else "sft"  # SFT reads the configuration of --rm_model
+    assert "model" in one_line(start(stage, **{flag: model})) and not planted.exists()

@@ -81,7 +81,7 @@ def first_batch(s):
     pairs, references = [drpo.load_rows(*x, s.seed)[0] for x in ((s.preference_dataset, "pairs"), (s.dataset, "reference"))]
     rows = [row | {"reference": row["chosen"]} for row in pairs] if s.reset_to == "chosen" else references
     tokenizer, sft = drpo.load(drpo.AutoTokenizer, f"{run}/sft", s), drpo.load_network(f"{run}/sft", s, trained=not s.lora_r)
-    roles = drpo.build_roles(sft, drpo.load_reward(f"{run}/rm", s, trained=s.advantages == "gae" and not s.lora_r), s)
+    roles = drpo.build_roles(sft, drpo.load_reward(f"{run}/rm", s), s)
     with patch.multiple(drpo, step=lambda *given: seen.update(given[-1]) or 0.0, stop=lambda message, status: print(message)):
         drpo.drpo_update(roles, None, rows, 0, tokenizer, dataclasses.replace(s, epochs=1), "check")  # told, if one fails
     mask = drpo.token_mask(seen["reset_len"], seen["response_len"], s.response_length)
