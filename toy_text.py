@@ -14,8 +14,8 @@ its title gives away one of these three facts. A full summary has six clauses:
 
 The true score pays 4.0 for the question, but only after five other clauses: a late reward behind a gate. Until then a clause
 earns about what its words cost, and all five together score -0.2. The SFT references stop early and are full once in 190 posts.
-The annotators of the pairs begin well and end badly, or begin badly and end well, and 6 % of them write a full summary.
-So their preferred responses cover every step of the way, but one who imitates them seldom goes it to the end.
+Most annotators of the pairs begin well and end badly, or begin badly and end well; 30 % are lazy or sloppy, 6 % write a full
+summary. So the preferred responses cover every step of it, but imitating them writes it in one of four posts.
 """
 
 import math
@@ -104,7 +104,8 @@ def mixed(rng, clauses):
 
 def gold_score(prompt, response):
     """The true score of a response (float): +0.3 per clause that belongs there, -0.9 per other one, -0.5 per repetition, -0.1
-    per word, -1 if it does not end with a full clause, and +4.0 for the question after five other clauses."""
+    per word, -1 if it does not end with a full clause, and +4.0 for the question after five different clauses, right or
+    not; before them it is worth 0."""
     right = read_clauses(prompt)
     clauses = [clause.strip() for clause in re.split(r"(?<=[.?])\s", response.strip()) if clause.strip()]
     score, seen = -0.1 * len(re.findall(r"[a-z]+", response)), set()
@@ -163,7 +164,7 @@ def gate_pairs(split="train", seed=0, temperature=0.5):
 
 
 def bpe_tokenizer():
-    """A byte-level BPE tokenizer like Pythia's, 600 tokens, trained on the corpus."""
+    """A byte-level BPE tokenizer like Pythia's, at most 600 tokens (it finds 514), trained on the corpus."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import re
+import signal
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
@@ -67,6 +68,12 @@ def work(execute, tasks, path):
         print(line, flush=True)
 
 
+def start(threads):
+    """Of a process: its threads; Ctrl-C is for the first process, which ends the others."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def carry_out(execute, groups, path, jobs, threads=1):
     """Groups of tasks, `jobs` groups at a time, each in a process with so many threads. A task that has its line in the file is
     not done again. -> the runs of the tasks, in their order. Exit status 2 if the file cannot be written."""
@@ -77,7 +84,10 @@ def carry_out(execute, groups, path, jobs, threads=1):
         done = read(path)
         end_line(path)
     missing = [[task for task in group if not found(task, done)] for group in groups]
-    with multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (threads,)) as pool:
-        pool.starmap(work, [(execute, tasks, path) for tasks in missing if tasks], chunksize=1)
+    try:
+        with multiprocessing.get_context("spawn").Pool(jobs, start, (threads,)) as pool:
+            pool.starmap(work, [(execute, tasks, path) for tasks in missing if tasks], chunksize=1)
+    except KeyboardInterrupt:
+        drpo.stop("interrupted; the same command resumes", 130)
     done = read(path)
     return [found(task, done) for group in groups for task in group]
