@@ -1,9 +1,12 @@
 """Experiments of many runs, the sweep over the toy corpus, and the tables that README and docs take from results/."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 import drpo
+import toy_env
 import toy_text
 from tools import experiment, tables, text_sweep
 
@@ -20,6 +23,16 @@ def test_an_experiment_resumes_what_is_missing(tmp_path):
     assert [run["square"] for run in runs] == [1, "kept", 9]
     assert len(path.read_text().splitlines()) == 5
     assert sorted(run["x"] for run in experiment.read(path)) == [1, 2, 3, 5]
+
+
+def test_ctrl_c_ends_experiments_in_one_line(tmp_path, one_line, monkeypatch):
+    for way in ("starmap", "apply_async"):
+        monkeypatch.setattr(f"multiprocessing.pool.Pool.{way}", Mock(side_effect=KeyboardInterrupt))
+    path = tmp_path / "runs.jsonl"
+    line = one_line([], status=130, main=lambda _: experiment.carry_out(square, [[{"x": 1}]], path, jobs=1))
+    assert "the same command resumes" in line
+    with pytest.raises(SystemExit, match="130"):
+        toy_env.main(["--quick", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("part", text_sweep.PARTS)
