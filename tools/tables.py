@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/results.md")
 GPU = {"1b_r64": "1B, 64", "2.8b_r64": "2.8B, 64", "2.8b_r64_compile": "2.8B, 64, `--compile`"}
 GPU |= {"2.8b_r1024": "2.8B, 1024 (the paper's)", "6.9b_r64": "6.9B, 64"}
-AGAIN = {"one thread": "text", "two threads": "two_threads", "another processor, one thread": "other_processor"}
+AGAIN = {"EPYC with AVX-512, one thread": "text", "the same, two threads": "two_threads"}
+AGAIN |= {"EPYC with AVX2, one thread": "other_processor", "Xeon with AMX, one thread": "xeon"}
 RESULTS = ROOT / "results"
 
 
@@ -124,7 +125,7 @@ def coverage():
 
 
 def replications():
-    """The same seeds with other rounding: on two threads, and on another processor."""
+    """The same seeds with other rounding: on two threads, and on other processors."""
     others = ("PPO", "DPO", "SFT on chosen")
     rows, first = [["", "PPO: found", "DR-PO: found", *(f"win rate, DR-PO − {other}" for other in others)]], {}
     rows[0].append("seeds that end the other way")
@@ -167,6 +168,12 @@ def beta_lambda():
     """beta against the KL coefficient."""
     of = {tuple(map(float, re.findall(r"[\d.]+", name))): one for name, one in of_text("beta_lambda", shared=True).items()}
     return grid("found; win rate; KL", {key: cell(one) for key, one in of.items()})
+
+
+def demo():
+    """What python toy_env.py prints: H = 20."""
+    rows = [[name, *toy_env.summary(runs)] for name, runs in read("toy/results.json")["runs"].items()]
+    return [["method", "solved", "episodes", "last value"], *rows]
 
 
 def of_lock(part):
@@ -212,8 +219,8 @@ OTHERS += ("DR-PO, beta 1", "DR-PO, beta 1, 0..n")
 TABLES = {"critic": critic, "gpu": gpu, "gpu by phase": gpu_phases, "peers": peers}
 TABLES |= {"coverage": coverage, "models": models, "beta lambda": beta_lambda, "replications": replications}
 TABLES |= {"text": partial(text, MAIN), "budget": partial(text, BUDGET), "optimisers": partial(text, OTHERS)}
-TABLES |= {"longer": partial(longer, "text"), "longer elsewhere": partial(longer, "other_processor")}
-TABLES |= {"growth": growth, "lock beta lambda": lock_beta_lambda}
+TABLES |= {"longer": partial(longer, "text"), "longer elsewhere": partial(longer, "xeon")}
+TABLES |= {"demo": demo, "growth": growth, "lock beta lambda": lock_beta_lambda}
 TABLES |= {f"lock {part}": partial(lock, part) for part in ("beta", "pairs", "locks")}
 TABLES |= {"car": partial(runs, car, "car"), "deep sea": partial(runs, deep_sea, "deep_sea")}
 
