@@ -219,7 +219,7 @@ def test_a_model_without_room_for_the_rows_is_refused(monkeypatch, tmp_path, one
 
 
 def test_compiled_layers_stay_below_the_limit_of_graphs(small_run, tmp_path, monkeypatch):
-    """Beyond it torch goes on without compiling. Here by graphs alone, no kernels, with a reward model of another kind."""
+    """Beyond it torch continues without compiling. Here by graphs alone, no kernels, with a reward model of another kind."""
     compile = torch.nn.Module.compile
     monkeypatch.setattr(drpo.GradientCheckpointingLayer, "compile", lambda x, **given: compile(x, backend="eager", **given))
     monkeypatch.setattr("tools.report.write", lambda run: None)
