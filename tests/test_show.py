@@ -72,9 +72,11 @@ def test_row_takes_the_settings_of_the_run(tmp_path):
     assert vars(drpo.parse(["drpo", *show.recorded(tmp_path)])[1]) == vars(s) | {"seeds": []}
 
 
-def test_a_run_that_was_moved_is_shown_where_it_is(tmp_path, one_line):
-    run = make_run(tmp_path / "old", {"drpo": 0.5}).rename(tmp_path / "new")
-    assert f"{run}/sft: no model" in one_line(["row", "--run_dir", run], main=show.main)
+def test_a_run_that_was_moved_is_shown_where_it_is(tmp_path, one_line, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    make_run(tmp_path / "old", {"drpo": 0.5}).rename("runs/tiny")  # where `row` looks if no folder is named
+    assert "runs/tiny/sft: no model" in one_line(["row"], main=show.main)
 
 
 def test_a_sample_stands_beside_its_reference(tmp_path, capsys, monkeypatch):
